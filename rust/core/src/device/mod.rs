@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Device models: what a request means. They see requests as buffers, never a ring, a socket or a register.
+
+pub mod blk;
+pub mod image;
+
+use std::any::Any;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+use crate::error::Fault;
+use crate::memory::LastByte;
+use crate::ring::Chain;
+
+/// Request counters a device keeps per queue; what each means is the device's ([`Device::counter_names`]).
+pub const COUNTERS: usize = 12;
+
+/// Per-queue counters of a device. Written by the queue's worker only, read by anybody.
+#[derive(Default)]
+pub struct Counters([AtomicU64; COUNTERS]);
+
+impl Counters {
+    /// Adds to a counter. There is one writer, so this needs no atomic read-modify-write.
+    #[inline]
+    pub fn add(&self, which: usize, n: u64) {
+        let counter = &self.0[which];
+        counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Reads a counter.
+    pub fn get(&self, which: usize) -> u64 {
+        self.0[which].load(Ordering::Relaxed)
+    }
+}
+
+/// What a device may know about the queue a request came from.
+pub struct QueueContext<'a> {
+    /// Features the driver accepted (0 for a driver that never writes them).
+    pub driver_features: u64,
+    /// The queue's counters.
+    pub counters: &'a Counters,
+}
+
+/// One request in flight: its buffers, and what the device remembers between steps.
+#[derive(Default)]
+pub struct Request {
+    /// The buffers. A device may consume them (`trim_*`).
+    pub chain: Chain,
+    /// The device's notes.
+    pub scratch: Scratch,
+}
+
+/// A device's notes on a request in flight.
+#[derive(Default)]
+pub struct Scratch {
+    /// What the request is, in the device's own numbers.
+    pub kind: u32,
+    /// How far it has come.
+    pub step: u32,
+    /// Position in the storage, bytes.
+    pub offset: u64,
+    /// Bytes left to do.
+    pub left: u64,
+    /// Bytes to report as written when it succeeds.
+    pub written: u32,
+    /// Where the status byte goes.
+    pub status: Option<LastByte>,
+    /// What must stay alive until the request ends (the image it works on).
+    pub keep: Option<Arc<dyn Any + Send + Sync>>,
+    /// A scatter list of the device's own, for I/O that doesn't go to the request's buffers.
+    pub iov: IovList,
+    /// Parsed parameters (discard segments).
+    pub segments: Vec<Segment>,
+}
+
+impl Scratch {
+    /// Forgets everything but the allocations.
+    pub fn clear(&mut self) {
+        self.kind = 0;
+        self.step = 0;
+        self.offset = 0;
+        self.left = 0;
+        self.written = 0;
+        self.status = None;
+        self.keep = None;
+        self.iov.0.clear();
+        self.segments.clear();
+    }
+}
+
+/// iovecs over memory that lives for ever (the zero page).
+#[derive(Default)]
+pub struct IovList(pub Vec<libc::iovec>);
+
+// SAFETY: the list only ever points at 'static memory; see `blk::zeroes`.
+unsafe impl Send for IovList {}
+
+/// A range of a discard or write-zeroes request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// First byte.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Whether the blocks may be deallocated.
+    pub unmap: bool,
+}
+
+/// One asynchronous operation on a file. Buffers named here must stay in place until it completes; they belong to the
+/// request, which the queue keeps.
+#[derive(Clone, Copy, Debug)]
+pub enum IoOp {
+    /// Read into a scatter list.
+    Readv {
+        /// File.
+        fd: RawFd,
+        /// First iovec.
+        iov: *const libc::iovec,
+        /// Number of iovecs.
+        count: u32,
+        /// Position in the file.
+        offset: u64,
+    },
+    /// Write from a scatter list; `dsync`: on stable storage before it completes.
+    Writev {
+        /// File.
+        fd: RawFd,
+        /// First iovec.
+        iov: *const libc::iovec,
+        /// Number of iovecs.
+        count: u32,
+        /// Position in the file.
+        offset: u64,
+        /// RWF_DSYNC.
+        dsync: bool,
+    },
+    /// fdatasync.
+    Fdatasync {
+        /// File.
+        fd: RawFd,
+    },
+    /// fallocate.
+    Fallocate {
+        /// File.
+        fd: RawFd,
+        /// FALLOC_FL_*.
+        mode: i32,
+        /// First byte.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+/// What becomes of a request after a step.
+#[derive(Debug)]
+pub enum Step {
+    /// It is done; so many bytes of its writable part were written.
+    Done(u32),
+    /// It waits for this operation; `Device::resume` goes on with the result.
+    Io(IoOp),
+}
+
+/// A device model.
+///
+/// `start` and `resume` run on a worker and must not block. They are never called twice at a time for one request, but
+/// for different requests from several workers at once.
+pub trait Device: Send + Sync {
+    /// Name of the type as the group file has it.
+    fn type_name(&self) -> &'static str;
+    /// Virtio device id.
+    fn device_id(&self) -> u32;
+    /// Device-type feature bits offered at the moment.
+    fn features(&self) -> u64;
+    /// Number of queues.
+    fn queues(&self) -> u16;
+    /// Largest queue size.
+    fn queue_size(&self) -> u16;
+    /// Copies from the device configuration; bytes beyond its end read 0.
+    fn read_config(&self, offset: usize, data: &mut [u8]);
+    /// Writes the device configuration; true when something changed.
+    ///
+    /// # Errors
+    /// `config.*` when the field can't be written; nothing has changed then.
+    fn write_config(&self, offset: usize, data: &[u8]) -> Result<bool, Fault>;
+    /// Back to the state after power-up, as far as a driver can see.
+    fn reset(&self);
+    /// Begins a request.
+    ///
+    /// # Errors
+    /// A fault when the request can't be answered at all (no place for a status): the member is to be broken.
+    fn start(&self, request: &mut Request, context: &QueueContext<'_>) -> Result<Step, Fault>;
+    /// Goes on after an operation ended with `result` (bytes, or a negative errno).
+    fn resume(&self, request: &mut Request, context: &QueueContext<'_>, result: i32) -> Step;
+    /// What the counters mean.
+    fn counter_names(&self) -> &'static [&'static str];
+    /// The counter that counts failed requests.
+    fn failed_counter(&self) -> usize;
+}

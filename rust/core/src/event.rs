@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What Rust has to tell Python: a queue of events behind one eventfd, and completions that many may have to report.
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::{Error, Fault, Result};
+use crate::sys;
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The operation with this token has ended everywhere.
+    Done {
+        /// Which.
+        token: u64,
+    },
+    /// The device status register changed.
+    Status {
+        /// Member.
+        member: u32,
+        /// Before.
+        old: u8,
+        /// After.
+        new: u8,
+    },
+    /// A member was marked broken.
+    Broken {
+        /// Member.
+        member: u32,
+        /// Why.
+        fault: Fault,
+    },
+    /// The device configuration changed.
+    Config {
+        /// Member.
+        member: u32,
+    },
+}
+
+/// The event queue of a group. Events are control-plane only and bounded by what a front end can trigger per message.
+pub struct Events {
+    fd: OwnedFd,
+    queue: Mutex<Vec<Event>>,
+    tokens: AtomicU64,
+}
+
+impl Events {
+    /// An empty queue.
+    ///
+    /// # Errors
+    /// [`Error::Os`] when no eventfd can be made.
+    pub fn new() -> Result<Self> {
+        let fd = sys::eventfd().map_err(|source| Error::Os {
+            what: "eventfd",
+            source,
+        })?;
+        Ok(Self {
+            fd,
+            queue: Mutex::new(Vec::new()),
+            tokens: AtomicU64::new(1),
+        })
+    }
+
+    /// The eventfd that is readable while there are events. Stays ours.
+    pub fn fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    /// Adds an event and wakes the reader.
+    pub fn push(&self, event: Event) {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+        sys::eventfd_signal(&self.fd);
+    }
+
+    /// All events so far. The eventfd is drained first, so that an event pushed meanwhile wakes the reader again.
+    pub fn take(&self) -> Vec<Event> {
+        sys::eventfd_drain(self.fd.as_raw_fd());
+        std::mem::take(&mut *self.queue.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A completion whose `Done` event comes when its last clone is dropped.
+    pub fn completion(self: &Arc<Self>) -> Completion {
+        let token = self.tokens.fetch_add(1, Ordering::Relaxed);
+        Completion(Arc::new(Pending {
+            token,
+            events: Arc::clone(self),
+        }))
+    }
+}
+
+/// One operation that several workers take part in. Each holds a clone and drops it when its part is done, also when it
+/// panics or goes away, so the end is always reported.
+#[derive(Clone)]
+pub struct Completion(Arc<Pending>);
+
+impl Completion {
+    /// The token of the `Done` event.
+    pub fn token(&self) -> u64 {
+        self.0.token
+    }
+}
+
+struct Pending {
+    token: u64,
+    events: Arc<Events>,
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.events.push(Event::Done { token: self.token });
+    }
+}

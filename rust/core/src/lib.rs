@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The core of vhu_legacy: everything that moves data, and no Python.
+//!
+//! From the bottom up: [`memory`] (guest memory), [`ring`] (virtqueues), [`device`] (what requests mean), [`runner`] (a
+//! running queue), [`worker`] (the pool), [`member`] (the register file), [`session`] (vhost-user without a socket).
+//! docs/ARCHITECTURE.md says who may know what.
+
+pub mod device;
+pub mod error;
+pub mod event;
+pub mod member;
+pub mod memory;
+pub mod ring;
+pub mod runner;
+pub mod session;
+mod sigbus;
+pub mod sys;
+pub mod uring;
+pub mod vub;
+pub mod worker;

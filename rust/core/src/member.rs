@@ -1,0 +1,754 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A member: one register file, whoever writes to it (design D1).
+//!
+//! Registers are behind one small mutex. Changes that concern a running queue are sent to its worker, and what has to
+//! be waited for is reported by a [`Completion`]; nothing here blocks. The register file knows no device type and no
+//! transport: a vhost-user session and, later, admin commands and I/O-BAR accesses are callers alike.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::device::Device;
+use crate::error::{Error, Fault, Result};
+use crate::event::{Completion, Event};
+use crate::memory::{MemoryMap, Region};
+use crate::ring::split::{self, AddressSpace, RingAddresses};
+use crate::runner::{ring_features, QueueSetup, QueueStats, Runner};
+use crate::sys;
+use crate::worker::{Owner, Pool, QueueHandle, Start};
+
+/// Transport and ring feature bits.
+pub mod feature {
+    /// Interrupt when the available ring runs empty; legacy only.
+    pub const NOTIFY_ON_EMPTY: u64 = 1 << 24;
+    /// Any descriptor framing; implied by VERSION_1.
+    pub const ANY_LAYOUT: u64 = 1 << 27;
+    /// Indirect descriptor tables.
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    /// used_event and avail_event.
+    pub const EVENT_IDX: u64 = 1 << 29;
+    /// vhost-user only, never seen by a driver.
+    pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+    /// virtio 1.0 and later; a driver that doesn't accept it is a legacy driver.
+    pub const VERSION_1: u64 = 1 << 32;
+}
+
+/// Device status bits.
+pub mod status {
+    /// The driver is set up.
+    pub const DRIVER_OK: u8 = 4;
+    /// The device is broken and wants a reset.
+    pub const NEEDS_RESET: u8 = 64;
+}
+
+/// One queue's registers.
+struct Queue {
+    size: u16,
+    addresses: Option<RingAddresses>,
+    next_avail: u16,
+    kick: Option<OwnedFd>,
+    call: Option<OwnedFd>,
+    enabled: bool,
+    running: Option<QueueHandle>,
+    /// A stop is under way; the position will be in `stats`.
+    stopping: bool,
+    stats: Arc<QueueStats>,
+}
+
+impl Queue {
+    fn new(size: u16) -> Self {
+        Self {
+            size,
+            addresses: None,
+            next_avail: 0,
+            kick: None,
+            call: None,
+            enabled: false,
+            running: None,
+            stopping: false,
+            stats: Arc::default(),
+        }
+    }
+}
+
+struct Registers {
+    attached: bool,
+    draining: bool,
+    closed: bool,
+    connections: u64,
+    driver_features: u64,
+    features_written: bool,
+    protocol_features: u64,
+    status: u8,
+    map: Arc<MemoryMap>,
+    queues: Vec<Queue>,
+}
+
+/// A member of the group.
+pub struct Member {
+    pool: Arc<Pool>,
+    owner: Arc<Owner>,
+    device: Arc<dyn Device>,
+    legacy: bool,
+    registers: Mutex<Registers>,
+}
+
+/// State of a queue, for people.
+pub struct QueueInfo {
+    /// Negotiated size.
+    pub size: u16,
+    /// Whether it has a kick fd and a ring.
+    pub started: bool,
+    /// SET_VRING_ENABLE.
+    pub enabled: bool,
+    /// The worker that serves it.
+    pub worker: Option<u32>,
+    /// Ring areas in front-end addresses.
+    pub addresses: Option<RingAddresses>,
+    /// Where to go on, while stopped.
+    pub next_avail: u16,
+    /// Live numbers.
+    pub stats: Arc<QueueStats>,
+}
+
+/// A region of guest memory, for people.
+pub struct RegionInfo {
+    /// Guest physical address.
+    pub guest: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Front-end address.
+    pub user: u64,
+    /// Offset in its file.
+    pub mmap_offset: u64,
+}
+
+/// State of a member, for people.
+pub struct Info {
+    /// "broken", "running", "attached", "draining" or "detached".
+    pub state: &'static str,
+    /// Why it is broken.
+    pub broken: Option<Fault>,
+    /// Why it was broken the last time.
+    pub last_error: Option<Fault>,
+    /// Front ends so far.
+    pub connections: u64,
+    /// Offered.
+    pub device_features: u64,
+    /// Accepted.
+    pub driver_features: u64,
+    /// Whether features were ever written.
+    pub features_written: bool,
+    /// vhost-user protocol features accepted.
+    pub protocol_features: u64,
+    /// Device status register.
+    pub status: u8,
+    /// Queues.
+    pub queues: Vec<QueueInfo>,
+    /// Guest memory.
+    pub memory: Vec<RegionInfo>,
+}
+
+impl Member {
+    /// A member with a device. `legacy`: it can be driven by legacy drivers as well.
+    pub fn new(pool: Arc<Pool>, id: u32, device: Arc<dyn Device>, legacy: bool) -> Arc<Self> {
+        let queues = (0..device.queues()).map(|_| Queue::new(device.queue_size())).collect();
+        let owner = Arc::new(Owner::new(id, Arc::clone(pool.events())));
+        Arc::new(Self {
+            pool,
+            owner,
+            device,
+            legacy,
+            registers: Mutex::new(Registers {
+                attached: false,
+                draining: false,
+                closed: false,
+                connections: 0,
+                driver_features: 0,
+                features_written: false,
+                protocol_features: 0,
+                status: 0,
+                map: Arc::default(),
+                queues,
+            }),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Number in the group.
+    pub fn id(&self) -> u32 {
+        self.owner.id
+    }
+
+    /// The device model.
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    /// Whether legacy drivers are welcome.
+    pub fn legacy(&self) -> bool {
+        self.legacy
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// Who is marked broken when something goes wrong.
+    pub fn owner(&self) -> &Arc<Owner> {
+        &self.owner
+    }
+
+    /// Feature bits offered, the transport's included.
+    pub fn offered_features(&self) -> u64 {
+        let modern = feature::INDIRECT_DESC | feature::EVENT_IDX | feature::VERSION_1;
+        let legacy = feature::NOTIFY_ON_EMPTY | feature::ANY_LAYOUT;
+        self.device.features() | modern | if self.legacy { legacy } else { 0 }
+    }
+
+    /// Takes the member for one front end.
+    ///
+    /// # Errors
+    /// [`Error::Busy`].
+    pub fn attach(&self) -> Result<()> {
+        let mut registers = self.lock();
+        if registers.closed {
+            return Err(Error::Busy(self.id(), "it is being removed"));
+        }
+        if registers.draining {
+            return Err(Error::Busy(
+                self.id(),
+                "requests of the last front end are still in flight",
+            ));
+        }
+        if registers.attached {
+            return Err(Error::Busy(self.id(), "another front end is attached"));
+        }
+        registers.attached = true;
+        registers.connections += 1;
+        self.owner.mend();
+        Ok(())
+    }
+
+    /// Lets go of the front end: stops the rings. Some when that takes until the completion's end, after which
+    /// `finish_detach` must be called.
+    pub fn detach(&self) -> Option<u64> {
+        let mut registers = self.lock();
+        registers.draining = true;
+        let token = self.stop_all(&mut registers);
+        if token.is_none() {
+            self.forget(&mut registers);
+        }
+        token
+    }
+
+    /// The rings have stopped: back to the state after power-up.
+    pub fn finish_detach(&self) {
+        self.forget(&mut self.lock());
+    }
+
+    fn forget(&self, registers: &mut Registers) {
+        self.device.reset();
+        self.set_status_register(registers, 0);
+        registers.attached = false;
+        registers.draining = false;
+        registers.driver_features = 0;
+        registers.features_written = false;
+        registers.protocol_features = 0;
+        registers.map = Arc::default();
+        let size = self.device.queue_size();
+        for queue in &mut registers.queues {
+            let stats = Arc::clone(&queue.stats);
+            *queue = Queue {
+                stats,
+                ..Queue::new(size)
+            };
+        }
+    }
+
+    /// Whether a front end is attached or its requests still drain.
+    pub fn attached(&self) -> bool {
+        let registers = self.lock();
+        registers.attached || registers.draining
+    }
+
+    /// No front end may attach any more.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] while one is attached.
+    pub fn close(&self) -> Result<()> {
+        let mut registers = self.lock();
+        if registers.attached || registers.draining {
+            return Err(Error::Busy(self.id(), "a front end is attached"));
+        }
+        registers.closed = true;
+        Ok(())
+    }
+
+    /// The features the driver accepted; all rings must be stopped when ring features change.
+    ///
+    /// # Errors
+    /// `features.not-offered`, `features.legacy-refused`, `features.running`.
+    pub fn set_features(&self, features: u64, transport: u64) -> std::result::Result<(), Fault> {
+        let offered = self.offered_features() | transport;
+        if features & !offered != 0 {
+            return Err(Fault::new(
+                "features.not-offered",
+                format!("features {features:#x} accepted, of {offered:#x} offered"),
+            ));
+        }
+        if features & feature::VERSION_1 == 0 && !self.legacy {
+            return Err(Fault::new(
+                "features.legacy-refused",
+                "a legacy driver (no VERSION_1) on a member with legacy = false",
+            ));
+        }
+        let mut registers = self.lock();
+        let changed = ring_features(features) != ring_features(registers.driver_features);
+        if changed && registers.queues.iter().any(|queue| queue.running.is_some()) {
+            return Err(Fault::new(
+                "features.running",
+                "ring features changed while a ring runs",
+            ));
+        }
+        registers.driver_features = features;
+        registers.features_written = true;
+        Ok(())
+    }
+
+    /// The vhost-user protocol features in force, for people.
+    pub fn set_protocol_features(&self, features: u64) {
+        self.lock().protocol_features = features;
+    }
+
+    fn set_status_register(&self, registers: &mut Registers, new: u8) {
+        let old = std::mem::replace(&mut registers.status, new);
+        if old != new {
+            self.pool.events().push(Event::Status {
+                member: self.id(),
+                old,
+                new,
+            });
+        }
+    }
+
+    /// The device status register; NEEDS_RESET is ours to set.
+    pub fn status(&self) -> u8 {
+        let broken = if self.owner.is_broken() { status::NEEDS_RESET } else { 0 };
+        self.lock().status | broken
+    }
+
+    /// Writes the device status register. Writing 0 stops the rings, keeping their positions: QEMU 7.2 writes 0 when it
+    /// pauses a guest and asks for the positions afterwards. Some: wait, then `collect`.
+    pub fn set_status(&self, value: u8) -> Option<u64> {
+        let mut registers = self.lock();
+        self.set_status_register(&mut registers, value & !status::NEEDS_RESET);
+        if value != 0 {
+            return None;
+        }
+        let token = self.stop_all(&mut registers);
+        self.owner.mend();
+        token
+    }
+
+    /// Device reset: registers and rings as after power-up; memory and connection stay. Some: wait, then `finish_reset`.
+    pub fn reset(&self) -> Option<u64> {
+        let mut registers = self.lock();
+        let token = self.stop_all(&mut registers);
+        if token.is_none() {
+            self.clear(&mut registers);
+        }
+        token
+    }
+
+    /// The rings have stopped: finishes `reset`.
+    pub fn finish_reset(&self) {
+        self.clear(&mut self.lock());
+    }
+
+    fn clear(&self, registers: &mut Registers) {
+        self.device.reset();
+        self.set_status_register(registers, 0);
+        registers.driver_features = 0;
+        registers.features_written = false;
+        for queue in &mut registers.queues {
+            queue.stopping = false;
+            queue.next_avail = 0;
+            queue.addresses = None;
+            queue.enabled = false;
+            queue.kick = None;
+        }
+        self.owner.mend();
+    }
+
+    /// Stops all rings; the token of the completion, if any ran.
+    fn stop_all(&self, registers: &mut Registers) -> Option<u64> {
+        let mut done: Option<Completion> = None;
+        for queue in &mut registers.queues {
+            if let Some(handle) = queue.running.take() {
+                let done = done.get_or_insert_with(|| self.pool.events().completion());
+                queue.stopping = true;
+                handle.stop(done.clone());
+            }
+        }
+        done.map(|done| done.token())
+    }
+
+    /// Rings that were told to stop have stopped: takes over their positions.
+    pub fn collect(&self) {
+        for queue in &mut self.lock().queues {
+            if std::mem::take(&mut queue.stopping) {
+                queue.next_avail = queue.stats.last_avail.load(Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn queue(registers: &mut Registers, index: u64) -> std::result::Result<&mut Queue, Fault> {
+        let count = registers.queues.len();
+        usize::try_from(index)
+            .ok()
+            .and_then(|index| registers.queues.get_mut(index))
+            .ok_or_else(|| Fault::new("vring.index", format!("queue {index} of {count}")))
+    }
+
+    /// Queue size.
+    ///
+    /// # Errors
+    /// `vring.index`, `vring.size`, `vring.running`.
+    pub fn set_queue_size(&self, index: u64, size: u64) -> std::result::Result<(), Fault> {
+        let max = self.device.queue_size();
+        let mut registers = self.lock();
+        let queue = Self::queue(&mut registers, index)?;
+        let wanted = u16::try_from(size)
+            .ok()
+            .filter(|size| size.is_power_of_two() && *size <= max);
+        let Some(size) = wanted else {
+            return Err(Fault::new(
+                "vring.size",
+                format!("size {size}; a power of two up to {max} is allowed"),
+            )
+            .on_queue(index as u16));
+        };
+        if queue.running.is_some() && queue.size != size {
+            return Err(running(index));
+        }
+        queue.size = size;
+        Ok(())
+    }
+
+    /// Where the ring is, in front-end addresses. Checked at once when memory is known, else when the ring starts.
+    ///
+    /// # Errors
+    /// `vring.index`, `vring.running`, `ring.address`, `ring.alignment`.
+    pub fn set_queue_addresses(&self, index: u64, addresses: RingAddresses) -> std::result::Result<(), Fault> {
+        let mut registers = self.lock();
+        let map = Arc::clone(&registers.map);
+        let queue = Self::queue(&mut registers, index)?;
+        if queue.running.is_some() {
+            // The same again is fine: QEMU repeats the message to switch logging flags.
+            return if queue.addresses == Some(addresses) {
+                Ok(())
+            } else {
+                Err(running(index))
+            };
+        }
+        if !map.is_empty() {
+            split::resolve(
+                &map,
+                AddressSpace::User,
+                addresses,
+                queue.size,
+                self.device.queue_size(),
+            )
+            .map_err(|fault| fault.on_queue(index as u16))?;
+        }
+        queue.addresses = Some(addresses);
+        self.try_start(&mut registers, index)
+    }
+
+    /// Where to go on in the available ring.
+    ///
+    /// # Errors
+    /// `vring.index`, `vring.base`, `vring.running`.
+    pub fn set_queue_base(&self, index: u64, base: u64) -> std::result::Result<(), Fault> {
+        let mut registers = self.lock();
+        let queue = Self::queue(&mut registers, index)?;
+        let Ok(base) = u16::try_from(base) else {
+            let fault = Fault::new("vring.base", format!("base {base}; at most 65535 for a split ring"));
+            return Err(fault.on_queue(index as u16));
+        };
+        if queue.running.is_some() {
+            return Err(running(index));
+        }
+        queue.next_avail = base;
+        Ok(())
+    }
+
+    /// Stops a ring. Ok(None): it has stopped, ask `queue_base`; Ok(Some): wait, `collect`, then ask.
+    ///
+    /// # Errors
+    /// `vring.index`.
+    pub fn stop_queue(&self, index: u64) -> std::result::Result<Option<u64>, Fault> {
+        let mut registers = self.lock();
+        let queue = Self::queue(&mut registers, index)?;
+        queue.kick = None;
+        queue.call = None;
+        Ok(queue.running.take().map(|handle| {
+            queue.stopping = true;
+            let done = self.pool.events().completion();
+            let token = done.token();
+            handle.stop(done);
+            token
+        }))
+    }
+
+    /// Position of a stopped ring.
+    ///
+    /// # Errors
+    /// `vring.index`.
+    pub fn queue_base(&self, index: u64) -> std::result::Result<u16, Fault> {
+        Ok(Self::queue(&mut self.lock(), index)?.next_avail)
+    }
+
+    /// The fd that notifies the device; starts the ring.
+    ///
+    /// # Errors
+    /// `vring.index`, `vring.kick`, and what starting finds wrong.
+    pub fn set_queue_kick(&self, index: u64, kick: Option<OwnedFd>) -> std::result::Result<Option<u64>, Fault> {
+        let mut registers = self.lock();
+        let queue = Self::queue(&mut registers, index)?;
+        let refuse = |reason: &str| Err(Fault::new("vring.kick", reason).on_queue(index as u16));
+        let Some(kick) = kick else {
+            return refuse("no kick fd: a ring that must be polled is not supported");
+        };
+        if !sys::is_eventfd(&kick) {
+            return refuse("the kick fd is not an eventfd");
+        }
+        if let Some(handle) = &queue.running {
+            let done = self.pool.events().completion();
+            let token = done.token();
+            handle.set_kick(kick, done);
+            return Ok(Some(token));
+        }
+        queue.kick = Some(kick);
+        self.try_start(&mut registers, index).map(|()| None)
+    }
+
+    /// The fd that interrupts the driver; None: it polls.
+    ///
+    /// # Errors
+    /// `vring.index`, `vring.call`.
+    pub fn set_queue_call(&self, index: u64, call: Option<OwnedFd>) -> std::result::Result<Option<u64>, Fault> {
+        let mut registers = self.lock();
+        let queue = Self::queue(&mut registers, index)?;
+        if call.as_ref().is_some_and(|call| !sys::is_eventfd(call)) {
+            return Err(Fault::new("vring.call", "the call fd is not an eventfd").on_queue(index as u16));
+        }
+        Ok(match &queue.running {
+            Some(handle) => {
+                let done = self.pool.events().completion();
+                let token = done.token();
+                handle.set_call(call, done);
+                Some(token)
+            }
+            None => {
+                queue.call = call;
+                None
+            }
+        })
+    }
+
+    /// A queue's counters; those of no queue at all for an index out of range.
+    pub fn queue_stats(&self, index: u16) -> Arc<QueueStats> {
+        self.lock()
+            .queues
+            .get(usize::from(index))
+            .map(|queue| Arc::clone(&queue.stats))
+            .unwrap_or_default()
+    }
+
+    /// Checks a queue index.
+    ///
+    /// # Errors
+    /// `vring.index`.
+    pub fn check_queue(&self, index: u64) -> std::result::Result<(), Fault> {
+        Self::queue(&mut self.lock(), index).map(|_| ())
+    }
+
+    /// Allows or forbids a ring to take requests.
+    ///
+    /// # Errors
+    /// `vring.index`, and what starting finds wrong.
+    pub fn enable_queue(&self, index: u64, on: bool) -> std::result::Result<Option<u64>, Fault> {
+        let mut registers = self.lock();
+        let queue = Self::queue(&mut registers, index)?;
+        queue.enabled = on;
+        if let Some(handle) = &queue.running {
+            let done = self.pool.events().completion();
+            let token = done.token();
+            handle.enable(on, done);
+            return Ok(Some(token));
+        }
+        self.try_start(&mut registers, index).map(|()| None)
+    }
+
+    /// Starts a ring that has everything it needs: addresses and a kick fd. Whether it takes requests is `enabled`.
+    fn try_start(&self, registers: &mut Registers, index: u64) -> std::result::Result<(), Fault> {
+        let map = Arc::clone(&registers.map);
+        let driver_features = registers.driver_features;
+        let queue = Self::queue(registers, index)?;
+        if queue.running.is_some() || queue.stopping || map.is_empty() {
+            return Ok(());
+        }
+        let (Some(addresses), Some(_)) = (queue.addresses, queue.kick.as_ref()) else {
+            return Ok(());
+        };
+        let runner = Runner::new(
+            Arc::clone(&self.device),
+            map,
+            QueueSetup {
+                index: index as u16,
+                size: queue.size,
+                addresses,
+                space: AddressSpace::User,
+                next_avail: queue.next_avail,
+                driver_features,
+                call: queue.call.take(),
+                stats: Arc::clone(&queue.stats),
+            },
+        )?;
+        let Some(kick) = queue.kick.take() else { return Ok(()) };
+        // Without VHOST_USER_F_PROTOCOL_FEATURES there is no enable message: a started ring is enabled.
+        let enabled = queue.enabled || driver_features & feature::PROTOCOL_FEATURES == 0;
+        queue.running = Some(self.pool.start(Start {
+            owner: Arc::clone(&self.owner),
+            runner,
+            kick,
+            enabled,
+        }));
+        Ok(())
+    }
+
+    /// Replaces all of guest memory.
+    ///
+    /// # Errors
+    /// `memory.*`, and what starting a waiting ring finds wrong.
+    pub fn set_memory(&self, regions: Vec<Region>) -> std::result::Result<Option<u64>, Fault> {
+        let mut map = MemoryMap::default();
+        for region in regions {
+            map = map.with(region)?;
+        }
+        self.replace_memory(&mut self.lock(), map)
+    }
+
+    /// Adds a region of guest memory.
+    ///
+    /// # Errors
+    /// `memory.*`, and what starting a waiting ring finds wrong.
+    pub fn add_memory(&self, region: Region) -> std::result::Result<Option<u64>, Fault> {
+        let mut registers = self.lock();
+        let map = registers.map.with(region)?;
+        self.replace_memory(&mut registers, map)
+    }
+
+    /// Removes a region of guest memory. When the returned completion has ended, no worker looks there any more (I/O
+    /// already in flight into it may still end; the mapping stays until then).
+    ///
+    /// # Errors
+    /// `memory.unknown-region`.
+    pub fn remove_memory(&self, guest: u64, size: u64, user: u64) -> std::result::Result<Option<u64>, Fault> {
+        let mut registers = self.lock();
+        let map = registers.map.without(guest, size, user)?;
+        self.replace_memory(&mut registers, map)
+    }
+
+    fn replace_memory(&self, registers: &mut Registers, map: MemoryMap) -> std::result::Result<Option<u64>, Fault> {
+        let map = Arc::new(map);
+        registers.map = Arc::clone(&map);
+        let mut done: Option<Completion> = None;
+        for queue in &registers.queues {
+            if let Some(handle) = &queue.running {
+                let done = done.get_or_insert_with(|| self.pool.events().completion());
+                handle.set_memory(Arc::clone(&map), done.clone());
+            }
+        }
+        // Rings that had everything but memory.
+        for index in 0..registers.queues.len() as u64 {
+            self.try_start(registers, index)?;
+        }
+        Ok(done.map(|done| done.token()))
+    }
+
+    /// Whether the driver can see the device work: some ring runs, and (where the front end tells) DRIVER_OK is set.
+    pub fn live(&self, has_status: bool) -> bool {
+        let registers = self.lock();
+        (!has_status || registers.status & status::DRIVER_OK != 0)
+            && registers
+                .queues
+                .iter()
+                .any(|queue| queue.running.is_some() && queue.enabled)
+    }
+
+    /// Everything about the member, for people.
+    pub fn info(&self) -> Info {
+        let device_features = self.offered_features();
+        let broken = self.owner.fault();
+        let registers = self.lock();
+        let running = registers.queues.iter().any(|queue| queue.running.is_some());
+        let state = match () {
+            () if registers.draining => "draining",
+            () if broken.is_some() => "broken",
+            () if running => "running",
+            () if registers.attached => "attached",
+            () => "detached",
+        };
+        let broken_bit = if broken.is_some() { status::NEEDS_RESET } else { 0 };
+        Info {
+            state,
+            broken,
+            last_error: self.owner.last_fault(),
+            connections: registers.connections,
+            device_features,
+            driver_features: registers.driver_features & !feature::PROTOCOL_FEATURES,
+            features_written: registers.features_written,
+            protocol_features: registers.protocol_features,
+            status: registers.status | broken_bit,
+            queues: registers
+                .queues
+                .iter()
+                .map(|queue| QueueInfo {
+                    size: queue.size,
+                    started: queue.running.is_some(),
+                    enabled: queue.enabled,
+                    worker: queue.running.as_ref().map(|handle| handle.worker_index),
+                    addresses: queue.addresses,
+                    next_avail: match queue.running {
+                        Some(_) => queue.stats.last_avail.load(Ordering::Relaxed),
+                        None => queue.next_avail,
+                    },
+                    stats: Arc::clone(&queue.stats),
+                })
+                .collect(),
+            memory: registers
+                .map
+                .regions()
+                .iter()
+                .map(|region| RegionInfo {
+                    guest: region.guest,
+                    size: region.size,
+                    user: region.user,
+                    mmap_offset: region.mmap_offset,
+                })
+                .collect(),
+        }
+    }
+}
+
+fn running(index: u64) -> Fault {
+    Fault::new("vring.running", "the ring runs; stop it with GET_VRING_BASE first").on_queue(index as u16)
+}

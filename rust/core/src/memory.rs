@@ -1,0 +1,643 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Guest memory: mappings shared between members, the immutable map of one front end, and checked views into it.
+//!
+//! Everything that touches guest memory goes through the types of this file; it is one of the few places with
+//! `unsafe`. The invariants:
+//!
+//! - a [`Mapping`] is alive as long as any [`MemoryMap`] names it;
+//! - a [`HostArea`] holds the map it was cut from; [`Buffers`] don't (they are made per request), so whoever keeps
+//!   buffers keeps the map: the queue's runner holds it until no request is in flight;
+//! - the guest writes to this memory at any time. Nothing is ever borrowed as `&[u8]`: ring fields are read through
+//!   atomics, bulk data is copied by the pointer, and what was checked is the copy.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use crate::error::Fault;
+use crate::sigbus::Guard;
+use crate::sys;
+
+/// Regions a front end may have at once (GET_MAX_MEM_SLOTS). 509 is what the kernel's vhost and other back ends
+/// answer; QEMU takes the minimum over all devices.
+pub const MAX_REGIONS: usize = 509;
+
+/// What makes two mappings the same one.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct MapKey {
+    dev: u64,
+    ino: u64,
+    offset: u64,
+    len: u64,
+}
+
+/// A shared mapping of part of a front end's memory file.
+pub struct Mapping {
+    addr: NonNull<u8>,
+    len: usize,
+    /// None only while dropping.
+    guard: Option<Guard>,
+}
+
+// SAFETY: the pointer names memory that is shared with another process anyway; all access is by atomics or raw
+// copies, and the mapping itself is immutable until drop.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(fd: &OwnedFd, offset: u64, len: u64, page: u64) -> Result<Self, Fault> {
+        let refuse = |reason: String| Fault::new("memory.map", reason);
+        let size = usize::try_from(len).map_err(|_| refuse(format!("{len} bytes can't be mapped")))?;
+        let file_offset =
+            libc::off_t::try_from(offset).map_err(|_| refuse(format!("offset {offset} can't be mapped")))?;
+        // SAFETY: a new mapping at an address the kernel chooses; length and offset were checked against the file.
+        let addr = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                fd.as_raw_fd(),
+                file_offset,
+            )
+        };
+        let Some(addr) = (addr != libc::MAP_FAILED)
+            .then(|| NonNull::new(addr.cast::<u8>()))
+            .flatten()
+        else {
+            return Err(refuse(format!(
+                "mapping {len} bytes: {}",
+                std::io::Error::last_os_error()
+            )));
+        };
+        let page = usize::try_from(page).unwrap_or(4096);
+        let Some(guard) = Guard::register(addr.as_ptr() as usize, size, page) else {
+            // SAFETY: the mapping was made just now and nobody knows it.
+            unsafe { libc::munmap(addr.as_ptr().cast(), size) };
+            return Err(refuse("too many mappings in this process".into()));
+        };
+        Ok(Self {
+            addr,
+            len: size,
+            guard: Some(guard),
+        })
+    }
+}
+
+impl Mapping {
+    fn lost(&self) -> bool {
+        self.guard.as_ref().is_some_and(Guard::lost)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // First the guard: once unmapped, the addresses may be another mapping's.
+        self.guard = None;
+        // SAFETY: the last reference is gone, so no region, area or request points here.
+        unsafe { libc::munmap(self.addr.as_ptr().cast(), self.len) };
+    }
+}
+
+/// The process's mappings of guest memory, shared between all members that get the same file (one VM with many
+/// disks sends the same memory to each).
+#[derive(Default)]
+pub struct MappingCache {
+    mappings: Mutex<HashMap<MapKey, Weak<Mapping>>>,
+}
+
+impl MappingCache {
+    /// Number of mappings alive.
+    pub fn len(&self) -> usize {
+        let mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        mappings.values().filter(|weak| weak.strong_count() > 0).count()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Maps one region of a front end. The fd is no longer needed afterwards.
+    ///
+    /// # Errors
+    /// `memory.region-size`, `memory.region-wrap`, `memory.fd-kind`, `memory.fd-short`, `memory.map`.
+    pub fn region(&self, fd: &OwnedFd, guest: u64, size: u64, user: u64, mmap_offset: u64) -> Result<Region, Fault> {
+        if size == 0 {
+            return Err(Fault::new("memory.region-size", "a region of 0 bytes"));
+        }
+        let wraps = |start: u64| start.checked_add(size).is_none();
+        if wraps(guest) || wraps(user) || wraps(mmap_offset) {
+            return Err(Fault::new(
+                "memory.region-wrap",
+                format!(
+                    "region of {size:#x} bytes at guest {guest:#x}, user {user:#x}, offset {mmap_offset:#x} wraps \
+                     around 64 bits"
+                ),
+            ));
+        }
+        let info = sys::file_info(fd.as_fd())
+            .map_err(|e| Fault::new("memory.fd-kind", format!("the region's fd can't be examined: {e}")))?;
+        if !info.regular {
+            return Err(Fault::new(
+                "memory.fd-kind",
+                "the region's fd is not a file that can be shared",
+            ));
+        }
+        // No overflow: wraps(mmap_offset) was checked.
+        let end = mmap_offset + size;
+        if end > info.size {
+            return Err(Fault::new(
+                "memory.fd-short",
+                format!("region ends at byte {end:#x} of a file of {:#x} bytes", info.size),
+            ));
+        }
+        let page = sys::backing_page_size(fd.as_fd()).unwrap_or(4096);
+        let offset = mmap_offset - mmap_offset % page;
+        // Page granular on both sides. `end` is at most the file size (an i64), so rounding up can't wrap.
+        let len = (end - offset).next_multiple_of(page);
+        let key = MapKey {
+            dev: info.dev,
+            ino: info.ino,
+            offset,
+            len,
+        };
+
+        let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        // A mapping that has lost pages stays shared by those who have it, but a newcomer gets a fresh one: its file
+        // has the right size now.
+        let known = mappings
+            .get(&key)
+            .and_then(Weak::upgrade)
+            .filter(|mapping| !mapping.lost());
+        let mapping = match known {
+            Some(mapping) => mapping,
+            None => {
+                let mapping = Arc::new(Mapping::new(fd, offset, len, page)?);
+                mappings.retain(|_, weak| weak.strong_count() > 0);
+                mappings.insert(key, Arc::downgrade(&mapping));
+                mapping
+            }
+        };
+        let skip =
+            usize::try_from(mmap_offset - offset).map_err(|_| Fault::new("memory.map", "offset can't be mapped"))?;
+        // SAFETY: skip + size <= len, so the result stays inside the mapping.
+        let host = unsafe { mapping.addr.add(skip) };
+        Ok(Region {
+            guest,
+            size,
+            user,
+            mmap_offset,
+            host,
+            backing: Backing::Mapped(mapping),
+        })
+    }
+}
+
+#[derive(Clone)]
+enum Backing {
+    Mapped(Arc<Mapping>),
+    /// Memory that somebody else mapped and keeps alive (the vhost-user-backend crate's snapshot).
+    Foreign(#[allow(dead_code)] Arc<dyn Any + Send + Sync>),
+}
+
+/// One region of guest memory.
+#[derive(Clone)]
+pub struct Region {
+    /// Guest physical address.
+    pub guest: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// Address in the front end's process; ring addresses come in these.
+    pub user: u64,
+    /// Where the region starts in its file.
+    pub mmap_offset: u64,
+    host: NonNull<u8>,
+    backing: Backing,
+}
+
+// SAFETY: as for Mapping; foreign memory is kept alive by `backing` and shared with another process as well.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// A region in memory that somebody else has mapped.
+    ///
+    /// # Safety
+    /// `host` must be the start of `size` readable and writable bytes that stay mapped as long as `keep` lives.
+    pub unsafe fn foreign(guest: u64, size: u64, host: NonNull<u8>, keep: Arc<dyn Any + Send + Sync>) -> Self {
+        Self {
+            guest,
+            size,
+            user: guest,
+            mmap_offset: 0,
+            host,
+            backing: Backing::Foreign(keep),
+        }
+    }
+
+    fn lost(&self) -> bool {
+        match &self.backing {
+            Backing::Mapped(mapping) => mapping.lost(),
+            Backing::Foreign(_) => false,
+        }
+    }
+}
+
+/// The guest memory of one front end: an immutable snapshot, replaced as a whole when it changes.
+#[derive(Clone, Default)]
+pub struct MemoryMap {
+    /// Sorted by guest address, without overlap.
+    regions: Vec<Region>,
+}
+
+impl MemoryMap {
+    /// The regions, sorted by guest address.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// Whether there is no memory at all.
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
+    /// This map with one more region.
+    ///
+    /// # Errors
+    /// `memory.slots`, `memory.overlap`.
+    pub fn with(&self, region: Region) -> Result<Self, Fault> {
+        if self.regions.len() >= MAX_REGIONS {
+            return Err(Fault::new("memory.slots", format!("more than {MAX_REGIONS} regions")));
+        }
+        // Sizes and sums were checked when the regions were made; none wraps.
+        let overlap = |a: u64, b: u64, a_size: u64, b_size: u64| a < b + b_size && b < a + a_size;
+        for other in &self.regions {
+            if overlap(region.guest, other.guest, region.size, other.size)
+                || overlap(region.user, other.user, region.size, other.size)
+            {
+                return Err(Fault::new(
+                    "memory.overlap",
+                    format!(
+                        "region at guest {:#x} user {:#x} size {:#x} overlaps the one at guest {:#x} user {:#x} \
+                         size {:#x}",
+                        region.guest, region.user, region.size, other.guest, other.user, other.size
+                    ),
+                ));
+            }
+        }
+        let mut regions = self.regions.clone();
+        let at = regions.partition_point(|other| other.guest < region.guest);
+        regions.insert(at, region);
+        Ok(Self { regions })
+    }
+
+    /// This map without the region that has exactly this place.
+    ///
+    /// # Errors
+    /// `memory.unknown-region`.
+    pub fn without(&self, guest: u64, size: u64, user: u64) -> Result<Self, Fault> {
+        let at = self
+            .regions
+            .iter()
+            .position(|region| region.guest == guest && region.size == size && region.user == user)
+            .ok_or_else(|| {
+                Fault::new(
+                    "memory.unknown-region",
+                    format!("no region at guest {guest:#x} user {user:#x} size {size:#x}"),
+                )
+            })?;
+        let mut regions = self.regions.clone();
+        regions.remove(at);
+        Ok(Self { regions })
+    }
+
+    /// Whether any of the memory was taken away by its owner since it was mapped.
+    pub fn lost(&self) -> bool {
+        self.regions.iter().any(Region::lost)
+    }
+
+    /// The region that holds a guest address. `hint` remembers the last one: descriptors of a batch mostly lie close
+    /// together.
+    #[inline]
+    fn find(&self, guest: u64, hint: &mut usize) -> Option<&Region> {
+        if let Some(region) = self.regions.get(*hint) {
+            if guest.wrapping_sub(region.guest) < region.size {
+                return Some(region);
+            }
+        }
+        let at = self
+            .regions
+            .partition_point(|region| region.guest <= guest)
+            .checked_sub(1)?;
+        let region = &self.regions[at];
+        if guest - region.guest < region.size {
+            *hint = at;
+            Some(region)
+        } else {
+            None
+        }
+    }
+
+    /// Appends the host memory of guest range `[guest, guest + len)` to `buffers`; false when part of it is not
+    /// memory. A buffer may cross from one region into the next.
+    #[inline]
+    pub fn append(&self, mut guest: u64, mut len: u64, hint: &mut usize, buffers: &mut Buffers) -> bool {
+        while len > 0 {
+            let Some(region) = self.find(guest, hint) else {
+                return false;
+            };
+            let skip = guest - region.guest;
+            let take = len.min(region.size - skip);
+            // SAFETY: skip < region.size, and the region is mapped as a whole.
+            let host = unsafe { region.host.add(skip as usize) };
+            buffers.push(host, take as usize);
+            len -= take;
+            if len > 0 {
+                let Some(next) = guest.checked_add(take) else {
+                    return false;
+                };
+                guest = next;
+            }
+        }
+        true
+    }
+
+    /// The host memory of `[user, user + len)` in the front end's addresses, when it lies in one region.
+    pub fn area_by_user(self: &Arc<Self>, user: u64, len: u64) -> Option<HostArea> {
+        self.regions
+            .iter()
+            .find(|region| user.checked_sub(region.user).is_some_and(|skip| skip < region.size))
+            .and_then(|region| self.area(region, user - region.user, len))
+    }
+
+    /// The host memory of guest range `[guest, guest + len)`, when it lies in one region.
+    pub fn area_by_guest(self: &Arc<Self>, guest: u64, len: u64) -> Option<HostArea> {
+        let region = self.find(guest, &mut 0)?;
+        self.area(region, guest - region.guest, len)
+    }
+
+    fn area(self: &Arc<Self>, region: &Region, skip: u64, len: u64) -> Option<HostArea> {
+        // skip < region.size is the callers' find; the subtraction can't wrap.
+        if len > region.size - skip {
+            return None;
+        }
+        // SAFETY: skip + len <= region.size.
+        let ptr = unsafe { region.host.add(usize::try_from(skip).ok()?) };
+        Some(HostArea {
+            ptr,
+            len: usize::try_from(len).ok()?,
+            _keep: Arc::clone(self),
+        })
+    }
+}
+
+/// A piece of guest memory with a fixed place, for ring areas. Accesses are checked against its length.
+pub struct HostArea {
+    ptr: NonNull<u8>,
+    len: usize,
+    _keep: Arc<MemoryMap>,
+}
+
+// SAFETY: the memory is kept by `_keep` and accessed by atomics only.
+unsafe impl Send for HostArea {}
+
+impl HostArea {
+    /// Whether the area starts at a multiple of `align` in this process (and so on every host with pages >= align).
+    pub fn is_aligned(&self, align: usize) -> bool {
+        (self.ptr.as_ptr() as usize).is_multiple_of(align)
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the area is empty.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Checks place and alignment of an access. A failure here is a bug of ours (offsets are computed from the queue
+    /// size), caught at the worker's boundary.
+    #[inline]
+    fn at<T>(&self, offset: usize) -> *mut T {
+        assert!(
+            offset + size_of::<T>() <= self.len,
+            "access at {offset} of a ring area of {}",
+            self.len
+        );
+        // SAFETY: inside the area, just checked.
+        let ptr = unsafe { self.ptr.as_ptr().add(offset) };
+        debug_assert!((ptr as usize).is_multiple_of(size_of::<T>()));
+        ptr.cast()
+    }
+
+    /// The 16-bit field at `offset`.
+    #[inline]
+    pub fn u16(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: `at` checked the place; ring areas are checked for alignment when a ring is made, offsets of 16-bit
+        // fields are even. The memory lives as long as self.
+        unsafe { AtomicU16::from_ptr(self.at(offset)) }
+    }
+
+    /// The 32-bit field at `offset`.
+    #[inline]
+    pub fn u32(&self, offset: usize) -> &AtomicU32 {
+        // SAFETY: as for u16, with areas that are at least 4-aligned.
+        unsafe { AtomicU32::from_ptr(self.at(offset)) }
+    }
+
+    /// The 64-bit little-endian value at `offset`, read once.
+    #[inline]
+    pub fn load_u64(&self, offset: usize) -> u64 {
+        // SAFETY: as for u16, with areas that are 16-aligned (descriptor tables).
+        let field = unsafe { AtomicU64::from_ptr(self.at(offset)) };
+        u64::from_le(field.load(Ordering::Relaxed))
+    }
+}
+
+/// The buffers of one request in one direction: a scatter list in host memory, with its total length.
+#[derive(Default)]
+pub struct Buffers {
+    iov: Vec<libc::iovec>,
+    len: u64,
+}
+
+// SAFETY: iovecs are plain pairs of pointer and length; what they point to is shared memory accessed by raw copies.
+unsafe impl Send for Buffers {}
+
+impl Buffers {
+    /// Forgets the buffers, keeps the allocation.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.iov.clear();
+        self.len = 0;
+    }
+
+    #[inline]
+    fn push(&mut self, ptr: NonNull<u8>, len: usize) {
+        self.iov.push(libc::iovec {
+            iov_base: ptr.as_ptr().cast(),
+            iov_len: len,
+        });
+        self.len += len as u64;
+    }
+
+    /// Total length in bytes.
+    #[inline]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The scatter list, for readv and writev. The pointers are valid while the memory map is.
+    pub fn iovecs(&self) -> &[libc::iovec] {
+        &self.iov
+    }
+
+    /// Cuts the first `n` bytes off.
+    pub fn trim_front(&mut self, n: u64) {
+        let mut left = n.min(self.len);
+        self.len -= left;
+        let mut gone = 0;
+        for iov in &mut self.iov {
+            if (iov.iov_len as u64) > left {
+                // SAFETY: left < iov_len, so the pointer stays inside the same buffer.
+                iov.iov_base = unsafe { iov.iov_base.cast::<u8>().add(left as usize).cast() };
+                iov.iov_len -= left as usize;
+                break;
+            }
+            left -= iov.iov_len as u64;
+            gone += 1;
+        }
+        if gone > 0 {
+            self.iov.drain(..gone);
+        }
+    }
+
+    /// Cuts the last `n` bytes off.
+    pub fn trim_back(&mut self, n: u64) {
+        let mut left = n.min(self.len);
+        self.len -= left;
+        while let Some(iov) = self.iov.last_mut() {
+            if (iov.iov_len as u64) > left {
+                iov.iov_len -= left as usize;
+                break;
+            }
+            left -= iov.iov_len as u64;
+            self.iov.pop();
+        }
+    }
+
+    /// Copies from the start of the buffers; the number of bytes copied (less than asked when they are shorter).
+    #[inline]
+    pub fn read(&self, dst: &mut [u8]) -> usize {
+        let mut done = 0;
+        for iov in &self.iov {
+            if done == dst.len() {
+                break;
+            }
+            let n = iov.iov_len.min(dst.len() - done);
+            // SAFETY: both ranges are valid for n bytes; dst is ours alone, so they can't overlap. The guest may
+            // write the source meanwhile: any mix of old and new bytes is a valid u8 content.
+            unsafe {
+                std::ptr::copy_nonoverlapping(iov.iov_base.cast::<u8>(), dst[done..].as_mut_ptr(), n);
+            }
+            done += n;
+        }
+        done
+    }
+
+    /// Copies to the start of the buffers; the number of bytes copied.
+    #[inline]
+    pub fn write(&self, src: &[u8]) -> usize {
+        let mut done = 0;
+        for iov in &self.iov {
+            if done == src.len() {
+                break;
+            }
+            let n = iov.iov_len.min(src.len() - done);
+            // SAFETY: as in read, in the other direction.
+            unsafe {
+                std::ptr::copy_nonoverlapping(src[done..].as_ptr(), iov.iov_base.cast::<u8>(), n);
+            }
+            done += n;
+        }
+        done
+    }
+
+    /// The last byte: its address, and the buffers without it. None when there is none.
+    #[inline]
+    pub fn pop_last_byte(&mut self) -> Option<LastByte> {
+        let last = self.iov.last()?;
+        // Buffers of length 0 are never pushed, so the last one has a last byte.
+        // SAFETY: iov_len >= 1, so this stays inside the buffer.
+        let ptr = unsafe { last.iov_base.cast::<u8>().add(last.iov_len - 1) };
+        self.trim_back(1);
+        NonNull::new(ptr).map(LastByte)
+    }
+
+    /// Copies from raw storage at `src` into all of the buffers.
+    ///
+    /// # Safety
+    /// `src` must be valid for reading `self.len()` bytes.
+    pub unsafe fn copy_in(&self, mut src: *const u8) {
+        for iov in &self.iov {
+            // SAFETY: the caller vouches for src, the map for the buffer. They may overlap only if a front end
+            // shares its memory with our storage, which it can't name.
+            unsafe {
+                std::ptr::copy_nonoverlapping(src, iov.iov_base.cast::<u8>(), iov.iov_len);
+                src = src.add(iov.iov_len);
+            }
+        }
+    }
+
+    /// Copies all of the buffers to raw storage at `dst`.
+    ///
+    /// # Safety
+    /// `dst` must be valid for writing `self.len()` bytes.
+    pub unsafe fn copy_out(&self, mut dst: *mut u8) {
+        for iov in &self.iov {
+            // SAFETY: as in copy_in.
+            unsafe {
+                std::ptr::copy_nonoverlapping(iov.iov_base.cast::<u8>(), dst, iov.iov_len);
+                dst = dst.add(iov.iov_len);
+            }
+        }
+    }
+
+    /// Fills all of the buffers with zeroes.
+    pub fn zero(&self) {
+        for iov in &self.iov {
+            // SAFETY: the map keeps the buffer valid for its length.
+            unsafe { std::ptr::write_bytes(iov.iov_base.cast::<u8>(), 0, iov.iov_len) };
+        }
+    }
+}
+
+/// One byte of guest memory: where a device puts its status.
+pub struct LastByte(NonNull<u8>);
+
+// SAFETY: as for Buffers.
+unsafe impl Send for LastByte {}
+
+impl LastByte {
+    /// Writes it.
+    #[inline]
+    pub fn set(&self, value: u8) {
+        // SAFETY: made by pop_last_byte from a valid buffer; the runner keeps the map while the request is in
+        // flight.
+        unsafe { self.0.as_ptr().write_volatile(value) }
+    }
+}

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The ring engine (design D5): virtqueues as the device sees them.
+//!
+//! [`split`] holds the split ring, for legacy and modern layouts alike: both are three areas in guest memory, and
+//! they differ only in how their addresses came about. What is common to ring formats is here.
+
+pub mod split;
+
+use crate::error::Fault;
+use crate::memory::Buffers;
+
+/// Largest queue a member can be given. One iovec per descriptor has to fit the kernel's IOV_MAX.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+
+/// One request as the driver built it: the head that names it in the used ring, and its buffers.
+#[derive(Default)]
+pub struct Chain {
+    /// Index of the first descriptor.
+    pub head: u16,
+    /// What the device reads.
+    pub readable: Buffers,
+    /// What the device writes.
+    pub writable: Buffers,
+}
+
+impl Chain {
+    /// Empties the chain, keeps its allocations.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.readable.clear();
+        self.writable.clear();
+    }
+}
+
+/// What was negotiated for a ring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingFeatures {
+    /// VIRTIO_RING_F_EVENT_IDX.
+    pub event_idx: bool,
+    /// VIRTIO_RING_F_INDIRECT_DESC.
+    pub indirect: bool,
+    /// VIRTIO_F_NOTIFY_ON_EMPTY.
+    pub notify_on_empty: bool,
+}
+
+/// A fault of the driver in its ring. Made on a cold path.
+#[cold]
+pub(crate) fn ring_fault(rule: &'static str, reason: String) -> Fault {
+    Fault::new(rule, reason)
+}

@@ -1,0 +1,346 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One running queue: its ring, the device behind it, and the requests in flight.
+//!
+//! A runner belongs to one thread at a time (a worker, or the adapter of the vhost-user-backend crate) and takes no
+//! lock. Its owner drives it in passes: `take` a batch of requests, submit what they queued, `complete` what has ended,
+//! `publish`.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::Arc;
+
+use crate::device::{Counters, Device, QueueContext, Request, Step};
+use crate::error::Fault;
+use crate::memory::MemoryMap;
+use crate::ring::split::{AddressSpace, RingAddresses, SplitRing};
+use crate::ring::RingFeatures;
+use crate::uring::Uring;
+
+/// Requests taken in one pass before others get their turn.
+pub const BATCH: u16 = 128;
+
+/// What the rest of the process may know of a queue. Written by the queue's worker only.
+#[derive(Default)]
+pub struct QueueStats {
+    /// Next available entry to take.
+    pub last_avail: AtomicU16,
+    /// The driver's available index when last seen.
+    pub avail_idx: AtomicU16,
+    /// Published used index.
+    pub used_idx: AtomicU16,
+    /// Requests taken and not yet used.
+    pub in_flight: AtomicU32,
+    /// Notifications received.
+    pub kicks: AtomicU64,
+    /// Interrupts sent.
+    pub calls: AtomicU64,
+    /// Requests used.
+    pub requests: AtomicU64,
+    /// The device's own counters.
+    pub counters: Counters,
+}
+
+impl QueueStats {
+    #[inline]
+    fn bump(counter: &AtomicU64, n: u64) {
+        // One writer: no read-modify-write needed.
+        counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Counts a notification.
+    #[inline]
+    pub fn kicked(&self) {
+        Self::bump(&self.kicks, 1);
+    }
+}
+
+/// Everything a queue needs to start.
+pub struct QueueSetup {
+    /// Index of the queue in its member.
+    pub index: u16,
+    /// Size negotiated.
+    pub size: u16,
+    /// Ring areas.
+    pub addresses: RingAddresses,
+    /// Address space of `addresses`.
+    pub space: AddressSpace,
+    /// Where to go on.
+    pub next_avail: u16,
+    /// All features the driver accepted.
+    pub driver_features: u64,
+    /// Interrupts go here; None while the driver polls.
+    pub call: Option<OwnedFd>,
+    /// Counters.
+    pub stats: Arc<QueueStats>,
+}
+
+/// Ring features in a set of virtio features.
+pub fn ring_features(features: u64) -> RingFeatures {
+    RingFeatures {
+        event_idx: features & (1 << 29) != 0,
+        indirect: features & (1 << 28) != 0,
+        notify_on_empty: features & (1 << 24) != 0,
+    }
+}
+
+/// A running queue.
+pub struct Runner {
+    device: Arc<dyn Device>,
+    ring: SplitRing,
+    map: Arc<MemoryMap>,
+    /// Maps that requests in flight may still point into.
+    retired: Vec<Arc<MemoryMap>>,
+    space: AddressSpace,
+    addresses: RingAddresses,
+    driver_features: u64,
+    index: u16,
+    call: Option<OwnedFd>,
+    stats: Arc<QueueStats>,
+    /// Requests. Made on demand: a queue that never has more than a few in flight needs a few. Growing moves them, but
+    /// not what the kernel works on: guest memory, and scatter lists on the heap.
+    slots: Vec<Request>,
+    free: Vec<u16>,
+    size: u16,
+    in_flight: usize,
+    /// Used elements pushed since the last `publish`.
+    pushed: u64,
+    /// The ring's areas are not in the memory map at the moment.
+    suspended: bool,
+}
+
+impl Runner {
+    /// Resolves the ring and makes the slots.
+    ///
+    /// # Errors
+    /// As [`SplitRing::new`], with the queue named.
+    pub fn new(device: Arc<dyn Device>, map: Arc<MemoryMap>, setup: QueueSetup) -> Result<Self, Fault> {
+        let ring = SplitRing::new(
+            &map,
+            setup.space,
+            setup.addresses,
+            setup.size,
+            device.queue_size(),
+            ring_features(setup.driver_features),
+            setup.next_avail,
+        )
+        .map_err(|fault| fault.on_queue(setup.index))?;
+        let runner = Self {
+            device,
+            ring,
+            map,
+            retired: Vec::new(),
+            space: setup.space,
+            addresses: setup.addresses,
+            driver_features: setup.driver_features,
+            index: setup.index,
+            call: setup.call,
+            stats: setup.stats,
+            slots: Vec::new(),
+            free: Vec::new(),
+            size: setup.size,
+            in_flight: 0,
+            pushed: 0,
+            suspended: false,
+        };
+        runner.note_positions();
+        Ok(runner)
+    }
+
+    /// Index of the queue in its member.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Requests in flight.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> &QueueStats {
+        &self.stats
+    }
+
+    /// Next available entry to take.
+    pub fn next_avail(&self) -> u16 {
+        self.ring.next_avail()
+    }
+
+    /// The used index as the driver sees it.
+    pub fn used_idx(&self) -> u16 {
+        self.ring.used_idx()
+    }
+
+    /// Whether the ring may be looked at.
+    pub fn suspended(&self) -> bool {
+        self.suspended
+    }
+
+    fn note_positions(&self) {
+        self.stats.last_avail.store(self.ring.next_avail(), Ordering::Relaxed);
+        self.stats.used_idx.store(self.ring.used_idx(), Ordering::Relaxed);
+        self.stats
+            .avail_idx
+            .store(self.ring.peek_avail_idx(), Ordering::Relaxed);
+        self.stats.in_flight.store(self.in_flight as u32, Ordering::Relaxed);
+    }
+
+    /// Replaces the call eventfd. With a new one an interrupt is sent at once: one raised between the front end's
+    /// decision and ours went to the old one, and QEMU 7.2 doesn't wait for an answer here. A spurious interrupt does no
+    /// harm, a lost one stops the guest.
+    pub fn set_call(&mut self, call: Option<OwnedFd>, uring: &mut Uring) {
+        self.call = call;
+        if self.ring.used_idx() != 0 || self.stats.calls.load(Ordering::Relaxed) != 0 {
+            self.signal(uring);
+        }
+    }
+
+    /// Goes on with a new memory map.
+    pub fn set_memory(&mut self, map: Arc<MemoryMap>) {
+        if self.in_flight > 0 {
+            self.retired.push(Arc::clone(&self.map));
+        }
+        self.suspended = !self.ring.rebase(&map, self.space, self.addresses);
+        self.map = map;
+    }
+
+    /// The fault to report when something went wrong: memory taken away by its owner explains everything else.
+    pub fn explain(&self, fault: Fault) -> Fault {
+        self.lost().unwrap_or_else(|| fault.on_queue(self.index))
+    }
+
+    /// Whether memory was taken away.
+    #[inline]
+    pub fn lost(&self) -> Option<Fault> {
+        self.map.lost().then(|| {
+            Fault::new(
+                "memory.truncated",
+                "the front end's memory file shrank under its mapping",
+            )
+            .on_queue(self.index)
+        })
+    }
+
+    /// Asks the driver not to notify.
+    #[inline]
+    pub fn disable_notification(&mut self) {
+        self.ring.disable_notification();
+    }
+
+    /// Asks the driver to notify again; true when there is already something.
+    #[inline]
+    pub fn enable_notification(&mut self) -> bool {
+        self.ring.enable_notification() && self.in_flight < usize::from(self.size)
+    }
+
+    /// Takes up to [`BATCH`] requests and starts them; those that need I/O are queued on `uring` with
+    /// `tag | slot`. Returns how many were taken.
+    ///
+    /// # Errors
+    /// A fault of the driver: the member must be broken.
+    #[inline]
+    pub fn take(&mut self, uring: &mut Uring, tag: u64) -> Result<u16, Fault> {
+        let count = self.ring.available()?.min(BATCH);
+        let mut taken = 0;
+        while taken < count {
+            // A driver that reuses descriptors before they are used can have more in flight than the ring has
+            // entries; it waits.
+            let Some(slot) = self.slot() else { break };
+            let request = &mut self.slots[usize::from(slot)];
+            request.chain.clear();
+            request.scratch.clear();
+            match self.ring.pop(&self.map, &mut request.chain) {
+                Ok(true) => {}
+                Ok(false) => {
+                    self.free.push(slot);
+                    break;
+                }
+                Err(fault) => {
+                    self.free.push(slot);
+                    return Err(fault);
+                }
+            }
+            taken += 1;
+            let context = QueueContext {
+                driver_features: self.driver_features,
+                counters: &self.stats.counters,
+            };
+            match self.device.start(request, &context) {
+                Ok(Step::Done(written)) => {
+                    self.ring.push_used(request.chain.head, written);
+                    self.pushed += 1;
+                    self.free.push(slot);
+                }
+                Ok(Step::Io(op)) => {
+                    self.in_flight += 1;
+                    uring.queue(&op, tag | u64::from(slot));
+                }
+                Err(fault) => {
+                    self.free.push(slot);
+                    return Err(fault);
+                }
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Goes on with the request in `slot` after its operation ended with `result`.
+    pub fn complete(&mut self, slot: u16, result: i32, uring: &mut Uring, tag: u64) {
+        let Some(request) = self.slots.get_mut(usize::from(slot)) else {
+            return;
+        };
+        let context = QueueContext {
+            driver_features: self.driver_features,
+            counters: &self.stats.counters,
+        };
+        match self.device.resume(request, &context, result) {
+            Step::Io(op) => uring.queue(&op, tag | u64::from(slot)),
+            Step::Done(written) => {
+                self.ring.push_used(request.chain.head, written);
+                self.pushed += 1;
+                self.free.push(slot);
+                self.in_flight -= 1;
+                if self.in_flight == 0 {
+                    self.retired.clear();
+                }
+            }
+        }
+    }
+
+    /// Makes the used elements visible, once for the whole pass, and interrupts the driver if it wants that.
+    #[inline]
+    pub fn publish(&mut self, uring: &mut Uring) {
+        if self.publish_quietly() {
+            self.signal(uring);
+        }
+    }
+
+    /// As `publish`, but leaves the interrupt to the caller; true when the driver wants one.
+    #[inline]
+    pub fn publish_quietly(&mut self) -> bool {
+        let published = self.ring.publish();
+        if published {
+            QueueStats::bump(&self.stats.requests, self.pushed);
+            self.pushed = 0;
+        }
+        self.note_positions();
+        published && self.ring.should_signal(self.in_flight)
+    }
+
+    /// A free slot, made if there are fewer than the ring has entries.
+    #[inline]
+    fn slot(&mut self) -> Option<u16> {
+        self.free.pop().or_else(|| {
+            let next = u16::try_from(self.slots.len()).ok().filter(|&next| next < self.size)?;
+            self.slots.push(Request::default());
+            Some(next)
+        })
+    }
+
+    fn signal(&mut self, uring: &mut Uring) {
+        if let Some(call) = &self.call {
+            uring.signal(call.as_raw_fd());
+            QueueStats::bump(&self.stats.calls, 1);
+        }
+    }
+}

@@ -1,0 +1,712 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The back-end side of one vhost-user connection, without the socket (design D2).
+//!
+//! Whole messages with their fds go in, an [`Outcome`] comes out: a reply to send, or a token to wait for first. Whoever
+//! owns the socket (a trio task) moves the bytes. Messages are decoded into the structs of the `vhost` crate by one
+//! table ([`rule`]), which also says how long a message is and how many fds come with it.
+//!
+//! Errors are of two kinds. A front end that breaks the protocol gets a negative answer if it asked for one, the member
+//! is marked broken with the rule, and the connection is closed. Two requests can be refused without harm, as the
+//! protocol provides: GET_CONFIG out of range (an empty reply) and SET_CONFIG of a read-only field (a negative answer).
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{
+    BackendReq, FrontendReq, VhostUserConfig, VhostUserMemory, VhostUserMemoryRegion, VhostUserProtocolFeatures,
+    VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr, VhostUserVringState, MAX_ATTACHED_FD_ENTRIES,
+    MAX_MSG_SIZE,
+};
+use vm_memory::ByteValued;
+
+use crate::error::{Fault, Result};
+use crate::member::{feature, Member};
+use crate::memory::MAX_REGIONS;
+use crate::ring::split::RingAddresses;
+use crate::sys;
+
+/// Bytes of a message header: request, flags, payload size, each a little-endian u32.
+pub const HEADER_SIZE: usize = 12;
+/// Most fds that may come with one message.
+pub const MAX_FDS: usize = MAX_ATTACHED_FD_ENTRIES;
+/// Largest device configuration that can be asked for (VHOST_USER_MAX_CONFIG_SIZE of QEMU).
+pub const MAX_CONFIG: u32 = 256;
+
+const VERSION: u32 = 1;
+const FLAG_REPLY: u32 = 4;
+const FLAG_NEED_REPLY: u32 = 8;
+/// In the payload of kick, call and err: there is no fd.
+const VRING_NOFD: u64 = 1 << 8;
+
+/// Protocol features we implement. Later: LOG_SHMFD, INFLIGHT_SHMFD; never a bit whose message isn't in the table.
+pub fn protocol_features() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::BACKEND_REQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::STATUS
+}
+
+/// What is to be done after a message.
+#[derive(Default)]
+pub struct Outcome {
+    /// Send this on the connection.
+    pub reply: Option<Vec<u8>>,
+    /// Wait for the completion with this token, then call [`Session::resume`]; no other message before.
+    pub pending: Option<u64>,
+    /// The channel for back-end requests.
+    pub backend_channel: Option<OwnedFd>,
+    /// A configuration change held back until now may be told: call [`Session::config_change`].
+    pub config_changed: bool,
+    /// Close the connection after sending `reply`.
+    pub error: Option<Fault>,
+}
+
+/// What a message must look like.
+struct Rule {
+    /// Payload bytes, smallest and largest.
+    size: (usize, usize),
+    /// Fds, fewest and most.
+    fds: (usize, usize),
+    /// Protocol features that must be negotiated.
+    needs: VhostUserProtocolFeatures,
+    /// Whether it has a reply of its own (and so never gets an acknowledgement).
+    replies: bool,
+}
+
+/// The table. None: not a request we take.
+fn rule(request: FrontendReq) -> Option<Rule> {
+    use FrontendReq as R;
+    let none = VhostUserProtocolFeatures::empty();
+    let exact = |size: usize, fds: (usize, usize), needs| Rule {
+        size: (size, size),
+        fds,
+        needs,
+        replies: false,
+    };
+    let asks = |size: usize, needs| Rule {
+        size: (size, size),
+        fds: (0, 0),
+        needs,
+        replies: true,
+    };
+    let region = size_of::<VhostUserMemoryRegion>();
+    let memory = size_of::<VhostUserMemory>();
+    Some(match request {
+        R::GET_FEATURES | R::GET_PROTOCOL_FEATURES => asks(0, none),
+        R::GET_QUEUE_NUM => asks(0, VhostUserProtocolFeatures::MQ),
+        R::GET_MAX_MEM_SLOTS => asks(0, VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS),
+        R::GET_STATUS => asks(0, VhostUserProtocolFeatures::STATUS),
+        R::GET_VRING_BASE => asks(8, none),
+        R::SET_OWNER | R::RESET_OWNER => exact(0, (0, 0), none),
+        R::RESET_DEVICE => exact(0, (0, 0), VhostUserProtocolFeatures::RESET_DEVICE),
+        R::SET_FEATURES | R::SET_PROTOCOL_FEATURES => exact(8, (0, 0), none),
+        R::SET_STATUS => exact(8, (0, 0), VhostUserProtocolFeatures::STATUS),
+        R::SET_VRING_NUM | R::SET_VRING_BASE | R::SET_VRING_ENABLE => exact(8, (0, 0), none),
+        R::SET_VRING_ADDR => exact(size_of::<VhostUserVringAddr>(), (0, 0), none),
+        R::SET_VRING_KICK | R::SET_VRING_CALL | R::SET_VRING_ERR => exact(8, (0, 1), none),
+        R::SET_MEM_TABLE => Rule {
+            size: (memory, memory + MAX_FDS * region),
+            fds: (0, MAX_FDS),
+            needs: none,
+            replies: false,
+        },
+        R::ADD_MEM_REG => {
+            let size = size_of::<VhostUserSingleMemoryRegion>();
+            exact(size, (1, 1), VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+        }
+        // Old QEMUs send the fd along; it is closed.
+        R::REM_MEM_REG => {
+            let size = size_of::<VhostUserSingleMemoryRegion>();
+            exact(size, (0, 1), VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+        }
+        R::SET_BACKEND_REQ_FD => exact(0, (1, 1), VhostUserProtocolFeatures::BACKEND_REQ),
+        R::GET_CONFIG | R::SET_CONFIG => Rule {
+            size: (size_of::<VhostUserConfig>(), MAX_MSG_SIZE),
+            fds: (0, 0),
+            needs: VhostUserProtocolFeatures::CONFIG,
+            replies: matches!(request, R::GET_CONFIG),
+        },
+        _ => return None,
+    })
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    let mut word = [0; 4];
+    if let Some(slice) = bytes.get(at..at + 4) {
+        word.copy_from_slice(slice);
+    }
+    u32::from_le_bytes(word)
+}
+
+/// Copies a plain struct out of a payload whose size the table has checked.
+fn decode<T: ByteValued + Default>(payload: &[u8]) -> T {
+    let mut value = T::default();
+    let n = size_of::<T>().min(payload.len());
+    value.as_mut_slice()[..n].copy_from_slice(&payload[..n]);
+    value
+}
+
+/// The region of ADD_MEM_REG and REM_MEM_REG: the struct of the crate keeps it private, behind eight bytes of padding.
+fn single_region(payload: &[u8]) -> VhostUserMemoryRegion {
+    let padding = size_of::<VhostUserSingleMemoryRegion>() - size_of::<VhostUserMemoryRegion>();
+    decode(payload.get(padding..).unwrap_or_default())
+}
+
+fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER_SIZE + payload.len());
+    bytes.extend_from_slice(&request.to_le_bytes());
+    bytes.extend_from_slice(&(VERSION | flags).to_le_bytes());
+    // Payloads are at most MAX_MSG_SIZE.
+    bytes.extend_from_slice(&(payload.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+/// Length of the payload a header announces.
+///
+/// # Errors
+/// `message.size`, `message.version`.
+pub fn payload_size(header: &[u8; HEADER_SIZE]) -> std::result::Result<usize, Fault> {
+    let flags = u32_at(header, 4);
+    let size = u32_at(header, 8) as usize;
+    if flags & 3 != VERSION {
+        return Err(Fault::new(
+            "message.version",
+            format!("header flags {flags:#x}; version 1 is spoken here"),
+        ));
+    }
+    if size > MAX_MSG_SIZE {
+        return Err(Fault::new(
+            "message.size",
+            format!(
+                "request {} announces {size} bytes, more than {MAX_MSG_SIZE}",
+                u32_at(header, 0)
+            ),
+        ));
+    }
+    Ok(size)
+}
+
+/// What to do when a pending completion has ended.
+#[derive(Clone, Copy)]
+enum After {
+    /// Acknowledge the request.
+    Acknowledge(u32, bool),
+    /// The rings have stopped: take their positions, acknowledge.
+    Collect(u32, bool),
+    /// The rings have stopped: finish the reset, acknowledge.
+    Reset(u32, bool),
+    /// Answer GET_VRING_BASE.
+    Base(u64),
+    /// The connection is over.
+    Detach,
+}
+
+/// What a handled message leaves to do.
+enum Done {
+    /// Acknowledge if asked to.
+    Ok,
+    /// Send this payload.
+    Reply(Vec<u8>),
+    /// Acknowledge with 1, if asked to; the connection goes on.
+    Refused,
+    /// Wait.
+    Pending(u64, After),
+    /// The back-end channel has come.
+    Channel(OwnedFd),
+}
+
+type Handled = std::result::Result<Done, Fault>;
+
+/// One connection.
+pub struct Session {
+    member: Arc<Member>,
+    acked: VhostUserProtocolFeatures,
+    after: Option<(u64, After)>,
+    has_channel: bool,
+    config_pending: bool,
+    detached: bool,
+}
+
+impl Session {
+    /// Attaches to the member.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Busy`].
+    pub fn new(member: Arc<Member>) -> Result<Self> {
+        member.attach()?;
+        Ok(Self {
+            member,
+            acked: VhostUserProtocolFeatures::empty(),
+            after: None,
+            has_channel: false,
+            config_pending: false,
+            detached: false,
+        })
+    }
+
+    fn negotiated(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.acked.contains(feature)
+    }
+
+    /// Marks the member broken for something seen outside (a torn message, a silent peer).
+    pub fn fail(&self, fault: Fault) {
+        self.member.owner().break_it(fault);
+    }
+
+    /// Takes one whole message. The fds are consumed.
+    pub fn handle(&mut self, header: &[u8; HEADER_SIZE], payload: &[u8], fds: Vec<OwnedFd>) -> Outcome {
+        let request = u32_at(header, 0);
+        let wants_ack =
+            u32_at(header, 4) & FLAG_NEED_REPLY != 0 && self.negotiated(VhostUserProtocolFeatures::REPLY_ACK);
+        let was_live = self.live();
+        let (replies, handled) = self.dispatch(request, header, payload, fds);
+        let wants_ack = wants_ack && !replies;
+        let mut outcome = Outcome::default();
+        match handled {
+            Ok(Done::Ok) => outcome.reply = wants_ack.then(|| self.ack(request, 0)),
+            Ok(Done::Refused) => outcome.reply = wants_ack.then(|| self.ack(request, 1)),
+            Ok(Done::Reply(bytes)) => outcome.reply = Some(message(request, FLAG_REPLY, &bytes)),
+            Ok(Done::Channel(fd)) => {
+                outcome.backend_channel = Some(fd);
+                outcome.reply = wants_ack.then(|| self.ack(request, 0));
+            }
+            Ok(Done::Pending(token, after)) => {
+                let after = match after {
+                    After::Acknowledge(..) => After::Acknowledge(request, wants_ack),
+                    After::Collect(..) => After::Collect(request, wants_ack),
+                    After::Reset(..) => After::Reset(request, wants_ack),
+                    other => other,
+                };
+                self.after = Some((token, after));
+                outcome.pending = Some(token);
+            }
+            Err(fault) => {
+                self.fail(fault.clone());
+                outcome.reply = wants_ack.then(|| self.ack(request, 1));
+                outcome.error = Some(fault);
+            }
+        }
+        outcome.config_changed = self.config_pending && !was_live && self.live();
+        outcome
+    }
+
+    fn ack(&self, request: u32, value: u64) -> Vec<u8> {
+        message(request, FLAG_REPLY, &value.to_le_bytes())
+    }
+
+    /// Goes on after the completion `token` has ended.
+    pub fn resume(&mut self, token: u64) -> Outcome {
+        let mut outcome = Outcome::default();
+        let Some((_, after)) = self.after.take_if(|(pending, _)| *pending == token) else {
+            return outcome;
+        };
+        let ack = |this: &Self, request, wanted: bool| wanted.then(|| this.ack(request, 0));
+        match after {
+            After::Acknowledge(request, wanted) => outcome.reply = ack(self, request, wanted),
+            After::Collect(request, wanted) => {
+                self.member.collect();
+                outcome.reply = ack(self, request, wanted);
+            }
+            After::Reset(request, wanted) => {
+                self.member.finish_reset();
+                outcome.reply = ack(self, request, wanted);
+            }
+            After::Base(index) => {
+                self.member.collect();
+                match self.base_reply(index) {
+                    Ok(payload) => {
+                        outcome.reply = Some(message(FrontendReq::GET_VRING_BASE as u32, FLAG_REPLY, &payload));
+                    }
+                    Err(fault) => outcome.error = Some(fault),
+                }
+            }
+            After::Detach => self.member.finish_detach(),
+        }
+        outcome.config_changed = self.config_pending && self.live();
+        outcome
+    }
+
+    fn base_reply(&self, index: u64) -> std::result::Result<Vec<u8>, Fault> {
+        let base = self.member.queue_base(index)?;
+        // The index fits: it named a queue.
+        Ok(VhostUserVringState::new(index as u32, u32::from(base))
+            .as_slice()
+            .to_vec())
+    }
+
+    /// Checks a message against the table and carries it out. The bool: it has a reply of its own.
+    fn dispatch(
+        &mut self,
+        request: u32,
+        header: &[u8; HEADER_SIZE],
+        payload: &[u8],
+        fds: Vec<OwnedFd>,
+    ) -> (bool, Handled) {
+        let unknown = || Fault::new("message.unknown", format!("request {request} is not known here"));
+        let Ok(code) = FrontendReq::try_from(request) else {
+            return (false, Err(unknown()));
+        };
+        let Some(rule) = rule(code) else {
+            return (false, Err(unknown()));
+        };
+        let checked = self.check(code, &rule, header, payload, &fds);
+        (rule.replies, checked.and_then(|()| self.carry_out(code, payload, fds)))
+    }
+
+    fn check(
+        &self,
+        code: FrontendReq,
+        rule: &Rule,
+        header: &[u8; HEADER_SIZE],
+        payload: &[u8],
+        fds: &[OwnedFd],
+    ) -> std::result::Result<(), Fault> {
+        if self.detached || self.after.is_some() {
+            return Err(Fault::new(
+                "message.order",
+                format!("{code:?} while the last request is unfinished"),
+            ));
+        }
+        if u32_at(header, 4) & FLAG_REPLY != 0 {
+            return Err(Fault::new("message.flags", format!("{code:?} is marked as a reply")));
+        }
+        if payload.len() != u32_at(header, 8) as usize || !(rule.size.0..=rule.size.1).contains(&payload.len()) {
+            let (low, high) = rule.size;
+            let allowed = if low == high {
+                format!("{low}")
+            } else {
+                format!("{low} to {high}")
+            };
+            return Err(Fault::new(
+                "message.size",
+                format!("{code:?} with {} bytes of payload; {allowed} are right", payload.len()),
+            ));
+        }
+        if !(rule.fds.0..=rule.fds.1).contains(&fds.len()) {
+            let (low, high) = rule.fds;
+            let allowed = if low == high {
+                format!("{low}")
+            } else {
+                format!("{low} to {high}")
+            };
+            return Err(Fault::new(
+                "message.fds",
+                format!("{code:?} with {} file descriptors; {allowed} are right", fds.len()),
+            ));
+        }
+        if !self.acked.contains(rule.needs) {
+            return Err(Fault::new(
+                "message.not-negotiated",
+                format!("{code:?} without protocol feature {:?}", rule.needs),
+            ));
+        }
+        Ok(())
+    }
+
+    fn carry_out(&mut self, code: FrontendReq, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
+        use FrontendReq as R;
+        let member = Arc::clone(&self.member);
+        let value = || decode::<VhostUserU64>(payload).value;
+        let vring = || {
+            let state = decode::<VhostUserVringState>(payload);
+            (u64::from(state.index), u64::from(state.num))
+        };
+        let reply = |value: u64| Ok(Done::Reply(value.to_le_bytes().to_vec()));
+        let wait =
+            |token: Option<u64>| token.map_or(Done::Ok, |token| Done::Pending(token, After::Acknowledge(0, false)));
+        match code {
+            R::GET_FEATURES => reply(member.offered_features() | feature::PROTOCOL_FEATURES),
+            R::SET_FEATURES => member
+                .set_features(value(), feature::PROTOCOL_FEATURES)
+                .map(|()| Done::Ok),
+            R::GET_PROTOCOL_FEATURES => reply(protocol_features().bits()),
+            R::SET_PROTOCOL_FEATURES => self.set_protocol_features(value()),
+            R::GET_QUEUE_NUM => reply(u64::from(member.device().queues())),
+            R::GET_MAX_MEM_SLOTS => reply(MAX_REGIONS as u64),
+            R::SET_OWNER => Ok(Done::Ok),
+            // Deprecated: meant to disable all rings, but sent by old front ends when they go away. RESET_DEVICE does it.
+            R::RESET_OWNER | R::RESET_DEVICE => Ok(match member.reset() {
+                Some(token) => Done::Pending(token, After::Reset(0, false)),
+                None => Done::Ok,
+            }),
+            R::GET_STATUS => reply(u64::from(member.status())),
+            R::SET_STATUS => self.set_status(value()),
+            R::SET_VRING_NUM => {
+                let (index, size) = vring();
+                member.set_queue_size(index, size).map(|()| Done::Ok)
+            }
+            R::SET_VRING_BASE => {
+                let (index, base) = vring();
+                member.set_queue_base(index, base).map(|()| Done::Ok)
+            }
+            R::SET_VRING_ENABLE => {
+                let (index, on) = vring();
+                if on > 1 {
+                    return Err(Fault::new("vring.enable", format!("enable = {on}; 0 or 1 is allowed")));
+                }
+                member.enable_queue(index, on == 1).map(wait)
+            }
+            R::GET_VRING_BASE => {
+                let (index, _) = vring();
+                match member.stop_queue(index)? {
+                    Some(token) => Ok(Done::Pending(token, After::Base(index))),
+                    None => self.base_reply(index).map(Done::Reply),
+                }
+            }
+            R::SET_VRING_ADDR => {
+                let addr = decode::<VhostUserVringAddr>(payload);
+                // Bit 0 asks for logging, with LOG_SHMFD.
+                if addr.flags != 0 {
+                    let flags = addr.flags;
+                    return Err(Fault::new(
+                        "vring.flags",
+                        format!("flags {flags:#x}; none are known here"),
+                    ));
+                }
+                let addresses = RingAddresses {
+                    desc: addr.descriptor,
+                    driver: addr.available,
+                    device: addr.used,
+                };
+                member
+                    .set_queue_addresses(u64::from(addr.index), addresses)
+                    .map(|()| Done::Ok)
+            }
+            R::SET_VRING_KICK => {
+                let (index, fd) = Self::vring_fd(code, value(), fds)?;
+                member.set_queue_kick(index, fd).map(wait)
+            }
+            R::SET_VRING_CALL => {
+                let (index, fd) = Self::vring_fd(code, value(), fds)?;
+                member.set_queue_call(index, fd).map(wait)
+            }
+            R::SET_VRING_ERR => {
+                // Errors are told over QMP and by NEEDS_RESET; the fd is closed here, not kept.
+                let (index, _fd) = Self::vring_fd(code, value(), fds)?;
+                member.check_queue(index).map(|()| Done::Ok)
+            }
+            R::SET_MEM_TABLE => self.set_mem_table(payload, &fds).map(wait),
+            R::ADD_MEM_REG => {
+                let region = single_region(payload);
+                let region = Self::map_region(&member, &region, fds.first())?;
+                member.add_memory(region).map(wait)
+            }
+            R::REM_MEM_REG => {
+                let region = single_region(payload);
+                member
+                    .remove_memory(region.guest_phys_addr, region.memory_size, region.user_addr)
+                    .map(wait)
+            }
+            R::SET_BACKEND_REQ_FD => match fds.into_iter().next() {
+                Some(fd) if sys::is_unix_stream(&fd) => {
+                    self.has_channel = true;
+                    Ok(Done::Channel(fd))
+                }
+                _ => Err(Fault::new("backend-channel", "the fd is not a UNIX stream socket")),
+            },
+            R::GET_CONFIG => self.get_config(payload),
+            R::SET_CONFIG => self.set_config(payload),
+            _ => Err(Fault::new("message.unknown", format!("{code:?} is not known here"))),
+        }
+    }
+
+    fn set_protocol_features(&mut self, value: u64) -> Handled {
+        let offered = protocol_features();
+        match VhostUserProtocolFeatures::from_bits(value) {
+            Some(acked) if offered.contains(acked) => {
+                self.acked = acked;
+                self.member.set_protocol_features(value);
+                Ok(Done::Ok)
+            }
+            _ => Err(Fault::new(
+                "protocol-features.not-offered",
+                format!(
+                    "protocol features {value:#x} accepted, of {:#x} offered",
+                    offered.bits()
+                ),
+            )),
+        }
+    }
+
+    fn set_status(&self, value: u64) -> Handled {
+        let Ok(status) = u8::try_from(value) else {
+            return Err(Fault::new("status", format!("status {value:#x}; it has 8 bits")));
+        };
+        Ok(match self.member.set_status(status) {
+            Some(token) => Done::Pending(token, After::Collect(0, false)),
+            None => Done::Ok,
+        })
+    }
+
+    /// Queue index and fd of a kick, call or err message.
+    fn vring_fd(
+        code: FrontendReq,
+        value: u64,
+        fds: Vec<OwnedFd>,
+    ) -> std::result::Result<(u64, Option<OwnedFd>), Fault> {
+        let fd = fds.into_iter().next();
+        if value & !(0xff | VRING_NOFD) != 0 {
+            return Err(Fault::new(
+                "vring.fd",
+                format!("{code:?} with payload {value:#x}; 9 bits are defined"),
+            ));
+        }
+        if (value & VRING_NOFD != 0) != fd.is_none() {
+            let found = if fd.is_some() { "one" } else { "none" };
+            return Err(Fault::new(
+                "message.fds",
+                format!("{code:?} with payload {value:#x} and {found} fd"),
+            ));
+        }
+        Ok((value & 0xff, fd))
+    }
+
+    fn map_region(
+        member: &Member,
+        region: &VhostUserMemoryRegion,
+        fd: Option<&OwnedFd>,
+    ) -> std::result::Result<crate::memory::Region, Fault> {
+        let fd = fd.ok_or_else(|| Fault::new("message.fds", "a memory region without its fd"))?;
+        member.pool().mappings().region(
+            fd,
+            region.guest_phys_addr,
+            region.memory_size,
+            region.user_addr,
+            region.mmap_offset,
+        )
+    }
+
+    fn set_mem_table(&self, payload: &[u8], fds: &[OwnedFd]) -> std::result::Result<Option<u64>, Fault> {
+        let count = decode::<VhostUserMemory>(payload).num_regions as usize;
+        let rows = &payload[size_of::<VhostUserMemory>()..];
+        let row = size_of::<VhostUserMemoryRegion>();
+        if count > MAX_FDS || rows.len() != count * row {
+            return Err(Fault::new(
+                "message.size",
+                format!(
+                    "SET_MEM_TABLE of {count} regions in {} bytes; up to {MAX_FDS} of {row}",
+                    rows.len()
+                ),
+            ));
+        }
+        if fds.len() != count {
+            return Err(Fault::new(
+                "message.fds",
+                format!("SET_MEM_TABLE of {count} regions with {} file descriptors", fds.len()),
+            ));
+        }
+        let regions = rows
+            .chunks_exact(row)
+            .zip(fds)
+            .map(|(bytes, fd)| Self::map_region(&self.member, &decode(bytes), Some(fd)))
+            .collect::<std::result::Result<Vec<_>, _>>()?;
+        self.member.set_memory(regions)
+    }
+
+    fn get_config(&self, payload: &[u8]) -> Handled {
+        let config = decode::<VhostUserConfig>(payload);
+        let (offset, size) = (config.offset, config.size);
+        let fits = offset.checked_add(size).is_some_and(|end| end <= MAX_CONFIG);
+        if !fits || size == 0 {
+            // "An empty reply indicates an error."
+            return Ok(Done::Reply(Vec::new()));
+        }
+        let mut data = vec![0; size as usize];
+        self.member.device().read_config(offset as usize, &mut data);
+        let mut reply = config.as_slice().to_vec();
+        reply.extend_from_slice(&data);
+        Ok(Done::Reply(reply))
+    }
+
+    fn set_config(&self, payload: &[u8]) -> Handled {
+        let config = decode::<VhostUserConfig>(payload);
+        let data = &payload[size_of::<VhostUserConfig>()..];
+        let (offset, size) = (config.offset, config.size);
+        if data.len() != size as usize {
+            return Err(Fault::new(
+                "message.size",
+                format!("SET_CONFIG of {size} bytes carries {}", data.len()),
+            ));
+        }
+        if offset.checked_add(size).is_none_or(|end| end > MAX_CONFIG) {
+            return Ok(Done::Refused);
+        }
+        match self.member.device().write_config(offset as usize, data) {
+            Ok(true) => {
+                let member = self.member.id();
+                self.member.pool().events().push(crate::event::Event::Config { member });
+                Ok(Done::Ok)
+            }
+            Ok(false) => Ok(Done::Ok),
+            Err(fault) => {
+                log::warn!("member {}: SET_CONFIG refused: {fault}", self.member.id());
+                Ok(Done::Refused)
+            }
+        }
+    }
+
+    /// Whether the front end can take a CONFIG_CHANGE: QEMU ignores it, or crashes, on a device that isn't started.
+    fn live(&self) -> bool {
+        self.member.live(self.negotiated(VhostUserProtocolFeatures::STATUS))
+    }
+
+    /// The CONFIG_CHANGE message for the back-end channel. None when there is no channel, or the device isn't started:
+    /// then a later outcome says `config_changed`.
+    pub fn config_change(&mut self) -> Option<Vec<u8>> {
+        let able = self.has_channel
+            && self.negotiated(VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::CONFIG);
+        if !able || self.detached {
+            return None;
+        }
+        self.config_pending = !self.live();
+        if self.config_pending {
+            return None;
+        }
+        let flags = if self.negotiated(VhostUserProtocolFeatures::REPLY_ACK) {
+            FLAG_NEED_REPLY
+        } else {
+            0
+        };
+        Some(message(BackendReq::CONFIG_CHANGE_MSG as u32, flags, &[]))
+    }
+
+    /// Checks an answer on the back-end channel.
+    ///
+    /// # Errors
+    /// `backend-channel`.
+    pub fn backend_reply(&self, header: &[u8; HEADER_SIZE], payload: &[u8]) -> std::result::Result<(), Fault> {
+        let (request, flags) = (u32_at(header, 0), u32_at(header, 4));
+        let right = request == BackendReq::CONFIG_CHANGE_MSG as u32 && flags & FLAG_REPLY != 0 && payload.len() == 8;
+        if !right {
+            return Err(Fault::new(
+                "backend-channel",
+                format!(
+                    "request {request}, flags {flags:#x}, {} bytes is not an answer to ours",
+                    payload.len()
+                ),
+            ));
+        }
+        let value = decode::<VhostUserU64>(payload).value;
+        if value != 0 {
+            log::warn!(
+                "member {}: the front end refused CONFIG_CHANGE ({value})",
+                self.member.id()
+            );
+        }
+        Ok(())
+    }
+
+    /// Lets go of the member. Some: wait for this completion, then `resume`. Idempotent.
+    pub fn detach(&mut self) -> Option<u64> {
+        if std::mem::replace(&mut self.detached, true) {
+            return None;
+        }
+        let token = self.member.detach()?;
+        self.after = Some((token, After::Detach));
+        Some(token)
+    }
+}

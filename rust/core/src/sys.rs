@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The few system calls used directly, each behind a safe function.
+//!
+//! Raw fds are adopted (`OwnedFd`) in one place each: here for fds this process makes, in [`adopt`] for those
+//! that arrive from Python.
+
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// Turns -1 into the OS error.
+fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
+    if ret < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(ret)
+    }
+}
+
+/// Takes ownership of a raw fd that the caller was given (SCM_RIGHTS, passed down by Python).
+///
+/// Returns None for a number that is not an open fd, so that a stray -1 can't become an `OwnedFd`.
+pub fn adopt(fd: RawFd) -> Option<OwnedFd> {
+    // SAFETY: F_GETFD only asks about the number; any value is allowed.
+    if fd < 0 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return None;
+    }
+    // SAFETY: the fd is open, and by contract of the seam (docs/ARCHITECTURE.md, fd ownership) the caller keeps
+    // no claim to it after passing it down.
+    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A close-on-exec, non-blocking eventfd of our own.
+pub fn eventfd() -> io::Result<OwnedFd> {
+    // SAFETY: no pointers are involved.
+    let fd = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
+    // SAFETY: a new fd that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Adds one to an eventfd of our own. It can't block (ours are non-blocking) and saturation is as good as a wake.
+pub fn eventfd_signal(fd: &OwnedFd) {
+    let one = 1u64;
+    // SAFETY: writes eight bytes from a live local.
+    unsafe { libc::write(fd.as_raw_fd(), (&raw const one).cast(), 8) };
+}
+
+/// Drains an eventfd without ever blocking, whatever its O_NONBLOCK flag says; true when there was something.
+///
+/// The flag belongs to the open file description, which a front end shares with us and can change at any time, so
+/// it can't be relied on: RWF_NOWAIT asks per call.
+pub fn eventfd_drain(fd: RawFd) -> bool {
+    let mut value = 0u64;
+    let iov = libc::iovec {
+        iov_base: (&raw mut value).cast(),
+        iov_len: 8,
+    };
+    // SAFETY: one iovec over a live local of eight bytes.
+    unsafe { libc::preadv2(fd, &raw const iov, 1, -1, libc::RWF_NOWAIT) == 8 }
+}
+
+/// Whether the fd is an eventfd. The kernel names anonymous inodes in /proc.
+pub fn is_eventfd(fd: &OwnedFd) -> bool {
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .is_ok_and(|link| link.as_os_str() == "anon_inode:[eventfd]")
+}
+
+/// Whether the fd is a connected stream socket of the UNIX family.
+pub fn is_unix_stream(fd: &OwnedFd) -> bool {
+    let ask = |option| {
+        let mut value: libc::c_int = 0;
+        let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+        // SAFETY: value and len are live locals and len says how large value is.
+        let ret = unsafe {
+            libc::getsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                option,
+                (&raw mut value).cast(),
+                &raw mut len,
+            )
+        };
+        (ret == 0).then_some(value)
+    };
+    ask(libc::SO_DOMAIN) == Some(libc::AF_UNIX) && ask(libc::SO_TYPE) == Some(libc::SOCK_STREAM)
+}
+
+/// What a file is and how large.
+pub struct FileInfo {
+    /// Device number.
+    pub dev: u64,
+    /// Inode number.
+    pub ino: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// Whether it is a regular file (memfd and hugetlbfs files are).
+    pub regular: bool,
+    /// Whether it is a block device.
+    pub block: bool,
+}
+
+/// `fstat`.
+pub fn file_info(fd: BorrowedFd<'_>) -> io::Result<FileInfo> {
+    let mut stat = MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: the kernel fills the whole struct on success.
+    check(unsafe { libc::fstat(fd.as_raw_fd(), stat.as_mut_ptr()) })?;
+    // SAFETY: filled, as fstat said.
+    let stat = unsafe { stat.assume_init() };
+    Ok(FileInfo {
+        dev: stat.st_dev,
+        ino: stat.st_ino,
+        size: u64::try_from(stat.st_size).unwrap_or(0),
+        regular: stat.st_mode & libc::S_IFMT == libc::S_IFREG,
+        block: stat.st_mode & libc::S_IFMT == libc::S_IFBLK,
+    })
+}
+
+/// Page size of the file system behind a file: 4 KiB, or the huge page size on hugetlbfs.
+pub fn backing_page_size(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    let mut stat = MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: the kernel fills the whole struct on success.
+    check(unsafe { libc::fstatfs(fd.as_raw_fd(), stat.as_mut_ptr()) })?;
+    // SAFETY: filled, as fstatfs said.
+    let stat = unsafe { stat.assume_init() };
+    if stat.f_type == HUGETLBFS_MAGIC {
+        Ok(u64::try_from(stat.f_bsize).unwrap_or(4096))
+    } else {
+        Ok(4096)
+    }
+}
+
+/// Takes an advisory whole-file lock that lives with the open file; false when another process holds it.
+pub fn try_lock(file: &File, exclusive: bool) -> io::Result<bool> {
+    let op = if exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
+    // SAFETY: no pointers are involved.
+    match check(unsafe { libc::flock(file.as_raw_fd(), op | libc::LOCK_NB) }) {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Gives up the lock of [`try_lock`].
+pub fn unlock(file: &File) {
+    // SAFETY: no pointers are involved.
+    unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) };
+}
+
+/// Waits, without bound, until one of the fds is readable.
+pub fn wait_readable(fds: &[RawFd]) {
+    let mut polled: Vec<libc::pollfd> = fds
+        .iter()
+        .map(|&fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        })
+        .collect();
+    // SAFETY: polled is a live array of that many entries.
+    unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
+}
+
+/// An epoll instance with 64-bit tokens.
+pub struct Epoll {
+    fd: OwnedFd,
+    events: Vec<libc::epoll_event>,
+}
+
+impl Epoll {
+    /// A new instance that reports up to 128 events a call.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: no pointers are involved.
+        let fd = check(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
+        // SAFETY: a new fd that nobody else knows.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Self {
+            fd,
+            events: vec![libc::epoll_event { events: 0, u64: 0 }; 128],
+        })
+    }
+
+    /// Watches `fd` for reading (level triggered).
+    pub fn add(&self, fd: RawFd, token: u64) -> io::Result<()> {
+        let mut event = libc::epoll_event {
+            events: libc::EPOLLIN as u32,
+            u64: token,
+        };
+        // SAFETY: event is a live local.
+        check(unsafe { libc::epoll_ctl(self.fd.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &raw mut event) })?;
+        Ok(())
+    }
+
+    /// Stops watching `fd`. To be called before the fd is closed: a front end holds another fd of the same file, so
+    /// closing ours does not end the registration.
+    pub fn remove(&self, fd: RawFd) {
+        // SAFETY: a null event is allowed for EPOLL_CTL_DEL.
+        unsafe { libc::epoll_ctl(self.fd.as_raw_fd(), libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut()) };
+    }
+
+    /// Waits up to `timeout_ms` (-1: for ever) and hands over the tokens of what is readable.
+    pub fn wait(&mut self, timeout_ms: i32, tokens: &mut Vec<u64>) {
+        tokens.clear();
+        let capacity = self.events.len() as libc::c_int;
+        // SAFETY: events has room for `capacity` entries.
+        let n = unsafe { libc::epoll_wait(self.fd.as_raw_fd(), self.events.as_mut_ptr(), capacity, timeout_ms) };
+        // EINTR (a signal, a debugger) is an empty result.
+        let n = usize::try_from(n).unwrap_or(0);
+        tokens.extend(self.events[..n].iter().map(|event| event.u64));
+    }
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A thin layer over one io_uring: device operations and interrupts (writes to call eventfds) go through it.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use io_uring::{cqueue, opcode, squeue, types, IoUring};
+
+use crate::device::IoOp;
+
+/// Completions nobody waits for.
+const IGNORE: u64 = u64::MAX;
+static ONE: u64 = 1;
+
+/// Submission and completion of asynchronous operations on one thread.
+pub struct Uring {
+    ring: IoUring,
+    queued: usize,
+}
+
+impl Uring {
+    /// A ring for `entries` submissions at a time (any number may be in flight).
+    ///
+    /// # Errors
+    /// When the kernel has no io_uring or forbids it.
+    pub fn new(entries: u32) -> io::Result<Self> {
+        // COOP_TASKRUN (5.19) and SINGLE_ISSUER (6.0) save interrupts of this thread; older kernels go without.
+        let ring = IoUring::builder()
+            .setup_coop_taskrun()
+            .setup_single_issuer()
+            .setup_cqsize(entries * 4)
+            .build(entries)
+            .or_else(|_| IoUring::builder().setup_cqsize(entries * 4).build(entries))?;
+        Ok(Self { ring, queued: 0 })
+    }
+
+    /// The fd that is readable while completions wait.
+    pub fn fd(&self) -> RawFd {
+        self.ring.as_raw_fd()
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) {
+        loop {
+            // SAFETY: buffers and fds of the operation outlive it: requests stay in their slot, and keep image and
+            // memory map, until the completion is reaped (runner.rs); call eventfds are submitted before any command
+            // that could close them is handled (worker.rs).
+            let pushed = unsafe { self.ring.submission().push(entry) };
+            if pushed.is_ok() {
+                self.queued += 1;
+                return;
+            }
+            self.submit();
+        }
+    }
+
+    /// Queues an operation; `user_data` comes back with its result.
+    pub fn queue(&mut self, op: &IoOp, user_data: u64) {
+        let entry = match *op {
+            IoOp::Readv { fd, iov, count, offset } => {
+                opcode::Readv::new(types::Fd(fd), iov, count).offset(offset).build()
+            }
+            IoOp::Writev {
+                fd,
+                iov,
+                count,
+                offset,
+                dsync,
+            } => opcode::Writev::new(types::Fd(fd), iov, count)
+                .offset(offset)
+                .rw_flags(if dsync { libc::RWF_DSYNC } else { 0 })
+                .build(),
+            IoOp::Fdatasync { fd } => opcode::Fsync::new(types::Fd(fd))
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
+            IoOp::Fallocate { fd, mode, offset, len } => opcode::Fallocate::new(types::Fd(fd), len)
+                .offset(offset)
+                .mode(mode)
+                .build(),
+        };
+        self.push(&entry.user_data(user_data));
+    }
+
+    /// Queues an interrupt: one is added to the call eventfd.
+    ///
+    /// Why not a plain write: the eventfd is the front end's, which can clear O_NONBLOCK and fill the counter; a
+    /// write would then block this worker and every member it serves. io_uring waits elsewhere.
+    pub fn signal(&mut self, fd: RawFd) {
+        let entry = opcode::Write::new(types::Fd(fd), (&raw const ONE).cast(), 8).build();
+        self.push(&entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(IGNORE));
+    }
+
+    /// Hands what is queued to the kernel. Operations that can end at once have ended when this returns.
+    pub fn submit(&mut self) {
+        while self.queued > 0 {
+            match self.ring.submit() {
+                Ok(n) => self.queued = self.queued.saturating_sub(n.max(1)),
+                Err(e) => match e.raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    // The completion queue is full or memory is short: make room, then try again.
+                    Some(libc::EBUSY | libc::EAGAIN) => return,
+                    _ => {
+                        log::error!("io_uring submit: {e}");
+                        return;
+                    }
+                },
+            }
+        }
+    }
+
+    /// Submits and waits for one completion. For users without an event loop.
+    pub fn wait(&mut self) {
+        if self.ring.submit_and_wait(1).is_ok() {
+            self.queued = 0;
+        }
+    }
+
+    /// Whether something is queued that the kernel hasn't taken.
+    pub fn has_queued(&self) -> bool {
+        self.queued > 0
+    }
+
+    /// Moves what has completed to `done`, as (user data, result).
+    pub fn reap(&mut self, done: &mut Vec<(u64, i32)>) {
+        let queue = self.ring.completion();
+        done.extend(
+            queue
+                .map(|entry: cqueue::Entry| (entry.user_data(), entry.result()))
+                .filter(|&(user_data, _)| user_data != IGNORE),
+        );
+    }
+}

@@ -1,0 +1,709 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The worker pool (design D4): a few threads serve all queues of all members.
+//!
+//! Each worker has one epoll (kicks, commands, its io_uring) and one io_uring (file I/O and interrupts). A queue
+//! belongs to one worker for as long as it runs, and nothing on its path takes a lock. The control side talks to a
+//! worker by commands through a channel and an eventfd; a command that somebody waits for carries a
+//! [`Completion`], dropped when it is carried out.
+//!
+//! Order in a turn: commands first, so that whatever the control side has said (a new memory map, a stop) holds for
+//! every request taken afterwards; then kicked queues take a batch each; then one submit for all I/O; completions;
+//! one publish per queue touched; one more submit for the interrupts.
+
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use crate::error::{Error, Fault, Result};
+use crate::event::{Completion, Event, Events};
+use crate::memory::{MappingCache, MemoryMap};
+use crate::runner::Runner;
+use crate::sys::{self, Epoll};
+use crate::uring::Uring;
+
+const TOKEN_COMMANDS: u64 = 0;
+const TOKEN_URING: u64 = 1;
+const TOKEN_QUEUES: u64 = 2;
+
+/// Workers by default: one per CPU, at most this many.
+pub const DEFAULT_WORKERS: usize = 4;
+/// Turns without a look at epoll while queues are busy.
+const TURNS_PER_POLL: u32 = 8;
+
+/// A member as its queues see it: who to blame and how to say so.
+pub struct Owner {
+    /// Member id.
+    pub id: u32,
+    broken: AtomicBool,
+    fault: Mutex<Option<Fault>>,
+    last_fault: Mutex<Option<Fault>>,
+    events: Arc<Events>,
+}
+
+impl Owner {
+    /// A member that is well.
+    pub fn new(id: u32, events: Arc<Events>) -> Self {
+        Self {
+            id,
+            broken: AtomicBool::new(false),
+            fault: Mutex::new(None),
+            last_fault: Mutex::new(None),
+            events,
+        }
+    }
+
+    /// Whether its rings must not be touched.
+    #[inline]
+    pub fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::Acquire)
+    }
+
+    /// Marks the member broken. Only the first fault counts, is logged and told; it stays until [`Owner::mend`].
+    pub fn break_it(&self, fault: Fault) {
+        let mut current = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.is_none() {
+            *self.last_fault.lock().unwrap_or_else(PoisonError::into_inner) = Some(fault.clone());
+            *current = Some(fault.clone());
+            self.broken.store(true, Ordering::Release);
+            self.events.push(Event::Broken { member: self.id, fault });
+        }
+    }
+
+    /// The member was reset or has a new front end.
+    pub fn mend(&self) {
+        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.broken.store(false, Ordering::Release);
+    }
+
+    /// Why it is broken.
+    pub fn fault(&self) -> Option<Fault> {
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Why it was broken the last time; survives a reset.
+    pub fn last_fault(&self) -> Option<Fault> {
+        self.last_fault.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// A queue on its way to a worker.
+pub struct Start {
+    /// Its member.
+    pub owner: Arc<Owner>,
+    /// The queue.
+    pub runner: Runner,
+    /// Notifications come here.
+    pub kick: OwnedFd,
+    /// Whether it may take requests at once.
+    pub enabled: bool,
+}
+
+enum Command {
+    Start(u64, Box<Start>),
+    Stop(u64, Completion),
+    Enable(u64, bool, Completion),
+    SetCall(u64, Option<OwnedFd>, Completion),
+    SetKick(u64, OwnedFd, Completion),
+    SetMemory(u64, Arc<MemoryMap>, Completion),
+    Quit,
+}
+
+#[derive(Default)]
+struct WorkerStats {
+    queues: AtomicUsize,
+    wakeups: AtomicU64,
+    turns: AtomicU64,
+}
+
+struct WorkerHandle {
+    commands: Mutex<Sender<Command>>,
+    wake: Arc<OwnedFd>,
+    pending: Arc<AtomicBool>,
+    stats: Arc<WorkerStats>,
+}
+
+impl WorkerHandle {
+    fn send(&self, command: Command) {
+        // A worker that is gone has dropped its receiver; the command's completion is dropped with it here.
+        let _ = self
+            .commands
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .send(command);
+        self.pending.store(true, Ordering::Release);
+        sys::eventfd_signal(&self.wake);
+    }
+}
+
+/// A running queue, seen from the control side. Dropping it does not stop the queue.
+pub struct QueueHandle {
+    worker: Arc<WorkerHandle>,
+    /// Number of the worker.
+    pub worker_index: u32,
+    key: u64,
+}
+
+impl QueueHandle {
+    /// Takes no more requests, ends those in flight, then lets go of the ring; the position is in the queue's stats when
+    /// `done` ends. The handle is of no use afterwards.
+    pub fn stop(&self, done: Completion) {
+        self.worker.send(Command::Stop(self.key, done));
+    }
+
+    /// Allows or forbids taking requests; those in flight go on.
+    pub fn enable(&self, on: bool, done: Completion) {
+        self.worker.send(Command::Enable(self.key, on, done));
+    }
+
+    /// Replaces the call eventfd.
+    pub fn set_call(&self, call: Option<OwnedFd>, done: Completion) {
+        self.worker.send(Command::SetCall(self.key, call, done));
+    }
+
+    /// Replaces the kick eventfd.
+    pub fn set_kick(&self, kick: OwnedFd, done: Completion) {
+        self.worker.send(Command::SetKick(self.key, kick, done));
+    }
+
+    /// Replaces the memory map.
+    pub fn set_memory(&self, map: Arc<MemoryMap>, done: Completion) {
+        self.worker.send(Command::SetMemory(self.key, map, done));
+    }
+}
+
+/// What the pool says of a worker.
+pub struct WorkerStatistics {
+    /// Queues it serves.
+    pub queues: usize,
+    /// Times it woke up.
+    pub wakeups: u64,
+    /// Rounds over its busy queues.
+    pub turns: u64,
+}
+
+/// The pool.
+pub struct Pool {
+    events: Arc<Events>,
+    mappings: MappingCache,
+    workers: Vec<Arc<WorkerHandle>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    keys: AtomicU64,
+    next: AtomicU32,
+}
+
+impl Pool {
+    /// Starts `workers` threads (default: one per CPU, at most [`DEFAULT_WORKERS`]).
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for 0 or more than 256 workers, [`Error::Os`] when the kernel refuses (no io_uring).
+    pub fn new(workers: Option<usize>) -> Result<Self> {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let count = workers.unwrap_or(cpus.min(DEFAULT_WORKERS));
+        if !(1..=256).contains(&count) {
+            return Err(Error::Invalid(format!("workers = {count}; 1 to 256 are possible")));
+        }
+        let mut pool = Self {
+            events: Arc::new(Events::new()?),
+            mappings: MappingCache::default(),
+            workers: Vec::with_capacity(count),
+            threads: Mutex::new(Vec::with_capacity(count)),
+            keys: AtomicU64::new(0),
+            next: AtomicU32::new(0),
+        };
+        for index in 0..count {
+            match start_worker(index) {
+                Ok((handle, thread)) => {
+                    pool.workers.push(Arc::new(handle));
+                    pool.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+                }
+                Err(e) => {
+                    pool.close();
+                    return Err(e);
+                }
+            }
+        }
+        Ok(pool)
+    }
+
+    /// The group's events.
+    pub fn events(&self) -> &Arc<Events> {
+        &self.events
+    }
+
+    /// Guest memory mapped by this process.
+    pub fn mappings(&self) -> &MappingCache {
+        &self.mappings
+    }
+
+    /// Gives a queue to the worker with the fewest.
+    pub fn start(&self, start: Start) -> QueueHandle {
+        let first = self.next.fetch_add(1, Ordering::Relaxed) as usize;
+        let count = self.workers.len();
+        // Round robin among the least loaded.
+        let index = (0..count)
+            .map(|i| (first + i) % count)
+            .min_by_key(|&i| self.workers[i].stats.queues.load(Ordering::Relaxed))
+            .unwrap_or(0);
+        let worker = Arc::clone(&self.workers[index]);
+        worker.stats.queues.fetch_add(1, Ordering::Relaxed);
+        let key = self.keys.fetch_add(1, Ordering::Relaxed);
+        worker.send(Command::Start(key, Box::new(start)));
+        QueueHandle {
+            worker,
+            worker_index: index as u32,
+            key,
+        }
+    }
+
+    /// What each worker has been doing.
+    pub fn statistics(&self) -> Vec<WorkerStatistics> {
+        self.workers
+            .iter()
+            .map(|worker| WorkerStatistics {
+                queues: worker.stats.queues.load(Ordering::Relaxed),
+                wakeups: worker.stats.wakeups.load(Ordering::Relaxed),
+                turns: worker.stats.turns.load(Ordering::Relaxed),
+            })
+            .collect()
+    }
+
+    /// Ends the workers and joins them. Requests in flight are waited for (their buffers are somebody's memory).
+    /// Idempotent.
+    pub fn close(&self) {
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for worker in &self.workers {
+            worker.send(Command::Quit);
+        }
+        for thread in threads {
+            // A worker catches panics itself; one that still died has been logged by the runtime.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn start_worker(index: usize) -> Result<(WorkerHandle, JoinHandle<()>)> {
+    let os = |what| move |source| Error::Os { what, source };
+    let wake = Arc::new(sys::eventfd().map_err(os("eventfd"))?);
+    let (sender, receiver) = channel();
+    let pending = Arc::new(AtomicBool::new(false));
+    let stats = Arc::new(WorkerStats::default());
+    // SINGLE_ISSUER wants the ring made on the thread that uses it, so the thread reports how its set-up went.
+    let (report, reported) = channel();
+    let thread = {
+        let (wake, pending, stats) = (Arc::clone(&wake), Arc::clone(&pending), Arc::clone(&stats));
+        std::thread::Builder::new()
+            .name(format!("vhu-worker-{index}"))
+            .spawn(move || {
+                let worker = Worker::new(receiver, wake, pending, stats);
+                match worker {
+                    Ok(mut worker) => {
+                        let _ = report.send(Ok(()));
+                        worker.run();
+                    }
+                    Err(e) => {
+                        let _ = report.send(Err(e));
+                    }
+                }
+            })
+            .map_err(os("starting a worker thread"))?
+    };
+    match reported.recv() {
+        Ok(Ok(())) => Ok((
+            WorkerHandle {
+                commands: Mutex::new(sender),
+                wake,
+                pending,
+                stats,
+            },
+            thread,
+        )),
+        Ok(Err(e)) => Err(e),
+        Err(_) => Err(Error::Closed),
+    }
+}
+
+/// A queue on its worker.
+struct Queue {
+    key: u64,
+    owner: Arc<Owner>,
+    runner: Runner,
+    kick: OwnedFd,
+    enabled: bool,
+    /// Set once: the queue goes away when nothing is in flight any more.
+    stopping: Option<Completion>,
+    /// In `Worker::ready`.
+    ready: bool,
+    /// In `Worker::touched`.
+    touched: bool,
+}
+
+impl Queue {
+    fn may_take(&self) -> bool {
+        self.enabled && self.stopping.is_none() && !self.runner.suspended() && !self.owner.is_broken()
+    }
+}
+
+struct Worker {
+    epoll: Epoll,
+    uring: Uring,
+    commands: Receiver<Command>,
+    wake: Arc<OwnedFd>,
+    pending: Arc<AtomicBool>,
+    stats: Arc<WorkerStats>,
+    /// Slab: the index is what epoll and io_uring know a queue by.
+    queues: Vec<Option<Box<Queue>>>,
+    free: Vec<usize>,
+    keys: HashMap<u64, usize>,
+    /// Queues to take requests from.
+    ready: Vec<usize>,
+    /// Queues with something to publish, or that may be done stopping.
+    touched: Vec<usize>,
+    tokens: Vec<u64>,
+    done: Vec<(u64, i32)>,
+    quit: bool,
+}
+
+impl Worker {
+    fn new(
+        commands: Receiver<Command>,
+        wake: Arc<OwnedFd>,
+        pending: Arc<AtomicBool>,
+        stats: Arc<WorkerStats>,
+    ) -> Result<Self> {
+        let os = |what| move |source| Error::Os { what, source };
+        let epoll = Epoll::new().map_err(os("epoll_create1"))?;
+        let uring = Uring::new(256).map_err(os("io_uring_setup (is io_uring forbidden here?)"))?;
+        epoll.add(wake.as_raw_fd(), TOKEN_COMMANDS).map_err(os("epoll_ctl"))?;
+        epoll.add(uring.fd(), TOKEN_URING).map_err(os("epoll_ctl"))?;
+        Ok(Self {
+            epoll,
+            uring,
+            commands,
+            wake,
+            pending,
+            stats,
+            queues: Vec::new(),
+            free: Vec::new(),
+            keys: HashMap::new(),
+            ready: Vec::new(),
+            touched: Vec::new(),
+            tokens: Vec::new(),
+            done: Vec::new(),
+            quit: false,
+        })
+    }
+
+    fn run(&mut self) {
+        let mut turn: u32 = 0;
+        while !(self.quit && self.keys.is_empty()) {
+            if self.pending.swap(false, Ordering::AcqRel) {
+                self.handle_commands();
+            }
+            let idle = self.ready.is_empty() && self.touched.is_empty();
+            if idle || turn.is_multiple_of(TURNS_PER_POLL) {
+                // A submission the kernel would not take is tried again soon.
+                let timeout = match (idle, self.uring.has_queued()) {
+                    (false, _) => 0,
+                    (true, true) => 1,
+                    (true, false) => -1,
+                };
+                self.poll(timeout);
+            }
+            turn = turn.wrapping_add(1);
+            self.turn();
+        }
+    }
+
+    fn poll(&mut self, timeout: i32) {
+        let mut tokens = std::mem::take(&mut self.tokens);
+        self.epoll.wait(timeout, &mut tokens);
+        self.stats.wakeups.fetch_add(u64::from(timeout != 0), Ordering::Relaxed);
+        for &token in &tokens {
+            match token {
+                TOKEN_COMMANDS => {
+                    sys::eventfd_drain(self.wake.as_raw_fd());
+                    self.pending.store(false, Ordering::Release);
+                    self.handle_commands();
+                }
+                TOKEN_URING => {}
+                token => {
+                    let index = (token - TOKEN_QUEUES) as usize;
+                    // A token may be of a queue that a command of this very turn has ended.
+                    if let Some(Some(queue)) = self.queues.get_mut(index) {
+                        if sys::eventfd_drain(queue.kick.as_raw_fd()) {
+                            queue.runner.stats().kicked();
+                        }
+                        self.wake_queue(index);
+                    }
+                }
+            }
+        }
+        self.tokens = tokens;
+    }
+
+    fn wake_queue(&mut self, index: usize) {
+        if let Some(Some(queue)) = self.queues.get_mut(index) {
+            if !queue.ready && queue.may_take() {
+                queue.ready = true;
+                self.ready.push(index);
+            }
+        }
+    }
+
+    fn touch(&mut self, index: usize) {
+        if let Some(Some(queue)) = self.queues.get_mut(index) {
+            if !queue.touched {
+                queue.touched = true;
+                self.touched.push(index);
+            }
+        }
+    }
+
+    /// One round over the busy queues.
+    fn turn(&mut self) {
+        self.stats.turns.fetch_add(1, Ordering::Relaxed);
+        let mut ready = std::mem::take(&mut self.ready);
+        for &index in &ready {
+            self.take(index);
+        }
+        self.uring.submit();
+        let mut done = std::mem::take(&mut self.done);
+        self.uring.reap(&mut done);
+        for &(user_data, result) in &done {
+            self.complete(user_data, result);
+        }
+        done.clear();
+        self.done = done;
+        let mut touched = std::mem::take(&mut self.touched);
+        for &index in &touched {
+            self.settle(index);
+        }
+        touched.clear();
+        if self.touched.is_empty() {
+            self.touched = touched;
+        }
+        // The interrupts, and what completions have started.
+        self.uring.submit();
+        ready.retain(|&index| self.rest(index));
+        // Queues woken meanwhile were pushed to self.ready.
+        ready.append(&mut self.ready);
+        self.ready = ready;
+    }
+
+    fn take(&mut self, index: usize) {
+        let Some(Some(queue)) = self.queues.get_mut(index) else {
+            return;
+        };
+        if !queue.may_take() {
+            return;
+        }
+        let uring = &mut self.uring;
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            queue.runner.disable_notification();
+            queue.runner.take(uring, tag(index))
+        }));
+        Self::judge(queue, outcome);
+        self.touch(index);
+    }
+
+    fn complete(&mut self, user_data: u64, result: i32) {
+        let index = (user_data >> 16) as usize;
+        let slot = (user_data & 0xffff) as u16;
+        let Some(Some(queue)) = self.queues.get_mut(index) else {
+            return;
+        };
+        let uring = &mut self.uring;
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            queue.runner.complete(slot, result, uring, tag(index));
+            Ok(0)
+        }));
+        Self::judge(queue, outcome);
+        self.touch(index);
+        // Slots are free again: a driver with more in flight than its ring holds may go on.
+        self.wake_queue(index);
+    }
+
+    /// Publishes what a queue has done; ends it when it was stopping and nothing is left.
+    fn settle(&mut self, index: usize) {
+        let Some(Some(queue)) = self.queues.get_mut(index) else {
+            return;
+        };
+        queue.touched = false;
+        if let Some(fault) = queue.runner.lost() {
+            queue.owner.break_it(fault);
+        }
+        // A broken member's ring is not touched any more: what was done is not acknowledged.
+        if !queue.owner.is_broken() {
+            let uring = &mut self.uring;
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                queue.runner.publish(uring);
+                Ok(0)
+            }));
+            Self::judge(queue, outcome);
+        }
+        if (queue.stopping.is_some() || self.quit) && queue.runner.in_flight() == 0 {
+            self.end(index);
+        }
+    }
+
+    /// Decides whether a queue stays in `ready`: true when there is more to take.
+    fn rest(&mut self, index: usize) -> bool {
+        let Some(Some(queue)) = self.queues.get_mut(index) else {
+            return false;
+        };
+        let more = queue.may_take() && {
+            let outcome = catch_unwind(AssertUnwindSafe(|| Ok(u16::from(queue.runner.enable_notification()))));
+            Self::judge(queue, outcome) == 1
+        };
+        queue.ready = more;
+        more
+    }
+
+    /// Breaks the member when the driver (or we) did wrong; what was returned otherwise.
+    fn judge(queue: &mut Queue, outcome: std::thread::Result<std::result::Result<u16, Fault>>) -> u16 {
+        match outcome {
+            Ok(Ok(value)) => value,
+            Ok(Err(fault)) => {
+                queue.owner.break_it(queue.runner.explain(fault));
+                0
+            }
+            Err(_) => {
+                // The panic's message is on stderr. The member is the only thing whose state can be wrong.
+                let fault = Fault::new("internal.panic", "a bug in vhu_legacy; see the log");
+                queue.owner.break_it(fault.on_queue(queue.runner.index()));
+                0
+            }
+        }
+    }
+
+    fn handle_commands(&mut self) {
+        // What was queued before goes to the kernel first: commands may close the fds it names.
+        self.uring.submit();
+        while let Ok(command) = self.commands.try_recv() {
+            self.handle(command);
+            self.uring.submit();
+        }
+    }
+
+    fn index_of(&self, key: u64) -> Option<usize> {
+        self.keys.get(&key).copied()
+    }
+
+    fn queue(&mut self, key: u64) -> Option<(usize, &mut Queue)> {
+        let index = self.index_of(key)?;
+        self.queues.get_mut(index)?.as_deref_mut().map(|queue| (index, queue))
+    }
+
+    fn handle(&mut self, command: Command) {
+        match command {
+            Command::Start(key, start) => self.begin(key, *start),
+            Command::Stop(key, done) => {
+                if let Some((index, queue)) = self.queue(key) {
+                    queue.stopping = Some(done);
+                    self.touch(index);
+                }
+            }
+            Command::Enable(key, on, _done) => {
+                if let Some((index, queue)) = self.queue(key) {
+                    queue.enabled = on;
+                    // What was notified while it was disabled has been drained: look at the ring.
+                    self.wake_queue(index);
+                }
+            }
+            Command::SetCall(key, call, _done) => {
+                if let Some(index) = self.index_of(key) {
+                    if let Some(Some(queue)) = self.queues.get_mut(index) {
+                        queue.runner.set_call(call, &mut self.uring);
+                    }
+                }
+            }
+            Command::SetKick(key, kick, _done) => {
+                if let Some(index) = self.index_of(key) {
+                    if let Some(Some(queue)) = self.queues.get_mut(index) {
+                        self.epoll.remove(queue.kick.as_raw_fd());
+                        queue.kick = kick;
+                        let added = self.epoll.add(queue.kick.as_raw_fd(), TOKEN_QUEUES + index as u64);
+                        if let Err(e) = added {
+                            queue.owner.break_it(kick_fault(queue.runner.index(), &e));
+                        }
+                    }
+                    self.wake_queue(index);
+                }
+            }
+            Command::SetMemory(key, map, _done) => {
+                if let Some((index, queue)) = self.queue(key) {
+                    queue.runner.set_memory(map);
+                    self.wake_queue(index);
+                }
+            }
+            Command::Quit => {
+                self.quit = true;
+                for index in 0..self.queues.len() {
+                    if let Some(Some(queue)) = self.queues.get_mut(index) {
+                        queue.enabled = false;
+                        if queue.runner.in_flight() == 0 {
+                            self.end(index);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn begin(&mut self, key: u64, start: Start) {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.queues.push(None);
+            self.queues.len() - 1
+        });
+        if let Err(e) = self.epoll.add(start.kick.as_raw_fd(), TOKEN_QUEUES + index as u64) {
+            start.owner.break_it(kick_fault(start.runner.index(), &e));
+        }
+        self.keys.insert(key, index);
+        self.queues[index] = Some(Box::new(Queue {
+            key,
+            owner: start.owner,
+            runner: start.runner,
+            kick: start.kick,
+            enabled: start.enabled,
+            stopping: None,
+            ready: false,
+            touched: false,
+        }));
+        // Look at once: a driver may have kicked before we had the eventfd, or an earlier back end has died with the
+        // kick.
+        self.wake_queue(index);
+    }
+
+    fn end(&mut self, index: usize) {
+        // Interrupts of this queue are on their way to the kernel before its call fd is closed.
+        self.uring.submit();
+        if let Some(queue) = self.queues[index].take() {
+            self.epoll.remove(queue.kick.as_raw_fd());
+            self.keys.remove(&queue.key);
+            self.free.push(index);
+            self.stats.queues.fetch_sub(1, Ordering::Relaxed);
+            let Queue { runner, stopping, .. } = *queue;
+            // The ring's memory is let go of before anybody is told.
+            drop(runner);
+            drop(stopping);
+        }
+    }
+}
+
+fn tag(index: usize) -> u64 {
+    (index as u64) << 16
+}
+
+fn kick_fault(queue: u16, error: &std::io::Error) -> Fault {
+    Fault::new("vring.kick", format!("the kick fd can't be watched: {error}")).on_queue(queue)
+}

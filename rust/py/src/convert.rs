@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Values of the core as plain Python dicts.
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use vhu_core::error::Fault;
+use vhu_core::member::{feature, Info, QueueInfo};
+
+use std::sync::atomic::Ordering::Relaxed;
+
+const RING_FEATURES: [(u32, &str); 7] = [
+    (24, "NOTIFY_ON_EMPTY"),
+    (27, "ANY_LAYOUT"),
+    (28, "INDIRECT_DESC"),
+    (29, "EVENT_IDX"),
+    (32, "VERSION_1"),
+    (34, "RING_PACKED"),
+    (35, "IN_ORDER"),
+];
+const BLK_FEATURES: [(u32, &str); 9] = [
+    (2, "SEG_MAX"),
+    (5, "RO"),
+    (6, "BLK_SIZE"),
+    (9, "FLUSH"),
+    (10, "TOPOLOGY"),
+    (11, "CONFIG_WCE"),
+    (12, "MQ"),
+    (13, "DISCARD"),
+    (14, "WRITE_ZEROES"),
+];
+const PROTOCOL_FEATURES: [(u32, &str); 7] = [
+    (0, "MQ"),
+    (3, "REPLY_ACK"),
+    (5, "BACKEND_REQ"),
+    (9, "CONFIG"),
+    (13, "RESET_DEVICE"),
+    (15, "CONFIGURE_MEM_SLOTS"),
+    (16, "STATUS"),
+];
+const STATUS: [(u32, &str); 6] = [
+    (0, "ACKNOWLEDGE"),
+    (1, "DRIVER"),
+    (2, "DRIVER_OK"),
+    (3, "FEATURES_OK"),
+    (6, "DEVICE_NEEDS_RESET"),
+    (7, "FAILED"),
+];
+
+/// A set of bits: its value and the names of the bits, unknown ones by number.
+fn bits<'py>(py: Python<'py>, value: u64, tables: &[&[(u32, &str)]]) -> PyResult<Bound<'py, PyDict>> {
+    let names = PyList::empty(py);
+    for bit in (0..u64::BITS).filter(|bit| value & (1 << bit) != 0) {
+        let name = tables
+            .iter()
+            .flat_map(|table| table.iter())
+            .find(|(known, _)| *known == bit);
+        match name {
+            Some((_, name)) => names.append(name)?,
+            None => names.append(format!("BIT_{bit}"))?,
+        }
+    }
+    let dict = PyDict::new(py);
+    dict.set_item("value", value)?;
+    dict.set_item("names", names)?;
+    Ok(dict)
+}
+
+/// A fault, or None.
+pub fn fault<'py>(py: Python<'py>, fault: Option<&Fault>) -> PyResult<Option<Bound<'py, PyDict>>> {
+    fault
+        .map(|fault| {
+            let dict = PyDict::new(py);
+            dict.set_item("rule", fault.rule)?;
+            dict.set_item("reason", &fault.reason)?;
+            dict.set_item("queue", fault.queue)?;
+            Ok(dict)
+        })
+        .transpose()
+}
+
+fn queue<'py>(
+    py: Python<'py>,
+    index: usize,
+    info: &Info,
+    queue: &QueueInfo,
+    max: u16,
+    failed: usize,
+) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    let stats = &queue.stats;
+    let legacy = info.driver_features & feature::VERSION_1 == 0;
+    let addresses = queue.addresses.unwrap_or_default();
+    dict.set_item("index", index)?;
+    dict.set_item("size", queue.size)?;
+    dict.set_item("max_size", max)?;
+    dict.set_item("started", queue.started)?;
+    dict.set_item("enabled", queue.enabled)?;
+    dict.set_item("running", queue.started && queue.enabled && info.broken.is_none())?;
+    dict.set_item("worker", queue.worker)?;
+    dict.set_item(
+        "layout",
+        queue.started.then_some(if legacy { "legacy" } else { "modern" }),
+    )?;
+    dict.set_item("desc", addresses.desc)?;
+    dict.set_item("driver", addresses.driver)?;
+    dict.set_item("device", addresses.device)?;
+    dict.set_item("avail_idx", queue.started.then(|| stats.avail_idx.load(Relaxed)))?;
+    dict.set_item("used_idx", queue.started.then(|| stats.used_idx.load(Relaxed)))?;
+    dict.set_item("last_avail_idx", queue.next_avail)?;
+    dict.set_item("in_flight", stats.in_flight.load(Relaxed))?;
+    dict.set_item("kicks", stats.kicks.load(Relaxed))?;
+    dict.set_item("calls", stats.calls.load(Relaxed))?;
+    dict.set_item("requests", stats.requests.load(Relaxed))?;
+    dict.set_item("errors", stats.counters.get(failed))?;
+    dict.set_item("event_idx", info.driver_features & feature::EVENT_IDX != 0)?;
+    dict.set_item("indirect", info.driver_features & feature::INDIRECT_DESC != 0)?;
+    Ok(dict)
+}
+
+/// A member's info; see docs/QMP.md.
+pub fn info<'py>(py: Python<'py>, member: &vhu_core::member::Member) -> PyResult<Bound<'py, PyDict>> {
+    let info = member.info();
+    let device = member.device();
+    let tables: [&[(u32, &str)]; 2] = [&RING_FEATURES, &BLK_FEATURES];
+    let mode = if info.driver_features & feature::VERSION_1 != 0 {
+        "modern"
+    } else {
+        "legacy"
+    };
+    let dict = PyDict::new(py);
+    dict.set_item("id", member.id())?;
+    dict.set_item("type", device.type_name())?;
+    dict.set_item("legacy", member.legacy())?;
+    dict.set_item("state", info.state)?;
+    dict.set_item("broken", fault(py, info.broken.as_ref())?)?;
+    dict.set_item("last_error", fault(py, info.last_error.as_ref())?)?;
+    dict.set_item("connections", info.connections)?;
+    dict.set_item("device_features", bits(py, info.device_features, &tables)?)?;
+    dict.set_item("driver_features", bits(py, info.driver_features, &tables)?)?;
+    dict.set_item(
+        "protocol_features",
+        bits(py, info.protocol_features, &[&PROTOCOL_FEATURES])?,
+    )?;
+    dict.set_item("driver_mode", info.features_written.then_some(mode))?;
+    dict.set_item("status", bits(py, u64::from(info.status), &[&STATUS])?)?;
+    let queues = PyList::empty(py);
+    let requests = PyDict::new(py);
+    let names = device.counter_names();
+    let mut totals = vec![0u64; names.len()];
+    for (index, entry) in info.queues.iter().enumerate() {
+        queues.append(queue(
+            py,
+            index,
+            &info,
+            entry,
+            device.queue_size(),
+            device.failed_counter(),
+        )?)?;
+        for (which, total) in totals.iter_mut().enumerate() {
+            *total = total.wrapping_add(entry.stats.counters.get(which));
+        }
+    }
+    for (name, total) in names.iter().zip(totals) {
+        requests.set_item(name, total)?;
+    }
+    dict.set_item("queues", queues)?;
+    let memory = PyList::empty(py);
+    for region in &info.memory {
+        let entry = PyDict::new(py);
+        entry.set_item("guest_address", region.guest)?;
+        entry.set_item("size", region.size)?;
+        entry.set_item("user_address", region.user)?;
+        entry.set_item("mmap_offset", region.mmap_offset)?;
+        memory.append(entry)?;
+    }
+    dict.set_item("memory", memory)?;
+    dict.set_item("requests", requests)?;
+    Ok(dict)
+}

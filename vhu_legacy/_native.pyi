@@ -1,0 +1,148 @@
+"""The native half: worker pool, members and vhost-user sessions (Rust, `rust/core` through `rust/py`).
+
+Every call here is short and never waits for a worker, a socket or a guest; what may take time reports its end
+through the pool's eventfd (`Pool.event_fd`, `Pool.take_events`). The exceptions are `Member.blk`, `Member.modify`
+and `Pool.close`, which touch files or join threads: call them with `trio.to_thread.run_sync`.
+"""
+
+from typing import Any, Final, final
+
+__all__ = [
+    "BusyError",
+    "ImageError",
+    "Member",
+    "NativeError",
+    "Outcome",
+    "Pool",
+    "ProtocolError",
+    "Session",
+    "VhostUserDaemon",
+]
+
+class NativeError(Exception):
+    """Root of the errors raised here. `rule` names the check that failed, in dotted lower case."""
+
+    rule: str
+
+class ProtocolError(NativeError):
+    """The front end broke the vhost-user protocol; the connection is to be closed."""
+
+class BusyError(NativeError):
+    """The member is attached to another front end, or still draining."""
+
+class ImageError(NativeError):
+    """An image can't be opened, locked, sized or is not usable as asked."""
+
+@final
+class Pool:
+    """A fixed set of worker threads, each with one epoll and one io_uring (design D4)."""
+
+    def __new__(cls, workers: int | None = None) -> Pool: ...
+    def event_fd(self) -> int:
+        """The eventfd that is readable while `take_events` has something. Borrowed: the pool closes it."""
+    def take_events(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """Drain the eventfd and return the events so far: (kind, member id, data).
+
+        kinds: "done" {token}: a pending `Outcome` can be resumed, or a detach has drained;
+        "status" {old, new}: the device status register changed;
+        "broken" {rule, reason, queue|None}: the member was marked broken;
+        "config" {}: the device configuration changed (driver or operator).
+        """
+    def statistics(self) -> dict[str, Any]:
+        """Workers, their queues, wake-ups, requests; shared mappings."""
+    def close(self) -> None:
+        """Stop the workers and join them. Idempotent, bounded. Members must be closed first."""
+
+@final
+class Member:
+    """One member of the group: register file, queues, device model (design D1)."""
+
+    @staticmethod
+    def blk(
+        pool: Pool,
+        id: int,
+        image: str,
+        *,
+        read_only: bool = False,
+        queues: int = 1,
+        queue_size: int = 256,
+        legacy: bool = True,
+        blk_size: int = 512,
+        serial: str = "",
+    ) -> Member:
+        """A virtio-blk member. `image` is a path of a raw file, "ram:SIZE" or "null:SIZE" with SIZE in bytes.
+
+        Raises ImageError, ValueError.
+        """
+    @property
+    def id(self) -> int: ...
+    @property
+    def attached(self) -> bool:
+        """Whether a front end is attached or its queues still drain."""
+    def info(self) -> dict[str, Any]:
+        """Everything there is to know, as plain values; see docs/QMP.md, `query-member`."""
+    def modify(self, *, image: str | None = None, size: int | None = None, read_only: bool | None = None) -> bool:
+        """Swap the image, resize it (bytes), or change read-only. True when the driver should be told.
+
+        Raises ImageError; nothing has changed then.
+        """
+    def close(self) -> None:
+        """Let go of the image. Idempotent. Raises BusyError while attached."""
+
+@final
+class Outcome:
+    """What a session wants done after a message."""
+
+    @property
+    def reply(self) -> bytes | None:
+        """Bytes to send on the connection, now."""
+    @property
+    def pending(self) -> int | None:
+        """Wait for the event "done" with this token, then call `Session.resume(token)` before the next message."""
+    def take_backend_channel(self) -> int | None:
+        """The socket fd for back-end requests, if this message brought one: now the caller's to close. Once."""
+    @property
+    def config_changed(self) -> bool:
+        """A configuration change held back until now may be told: call `Session.config_change`."""
+    @property
+    def error(self) -> str | None:
+        """Set when the connection must be closed after sending `reply`."""
+
+@final
+class Session:
+    """The back-end side of one vhost-user connection, without the socket (design D2)."""
+
+    HEADER_SIZE: Final[int]
+    MAX_FDS: Final[int]
+
+    def __new__(cls, member: Member) -> Session:
+        """Attach to the member. Raises BusyError."""
+    @staticmethod
+    def payload_size(header: bytes) -> int:
+        """Length of the payload that follows this 12-byte header. Raises ProtocolError."""
+    def handle(self, header: bytes, payload: bytes, fds: list[int]) -> Outcome:
+        """Take one whole message. The fds are the session's from here on, whatever happens."""
+    def resume(self, token: int) -> Outcome:
+        """Finish the message that was pending on `token`."""
+    def fail(self, rule: str, reason: str) -> None:
+        """Mark the member broken for something seen outside (a torn message, a silent peer)."""
+    def config_change(self) -> bytes | None:
+        """The CONFIG_CHANGE message for the back-end channel, or None when the front end can't take it now."""
+    def backend_reply(self, header: bytes, payload: bytes) -> None:
+        """Check a reply on the back-end channel. Raises ProtocolError."""
+    def detach(self) -> int | None:
+        """Let go of the member: stop its rings. A token to wait for, or None when nothing was running. Idempotent."""
+
+@final
+class VhostUserDaemon:
+    """The same member behind the stock `VhostUserDaemon` of the crate vhost-user-backend, for comparison."""
+
+    def __new__(cls, member: Member, path: str) -> VhostUserDaemon:
+        """Raises ValueError for a member with more queues than the crate serves (64)."""
+    def run(self) -> None:
+        """Bind `path` and serve one front end after the other until `close`.
+
+        Blocks: call it in a thread. Raises OSError when the socket can't be bound.
+        """
+    def close(self) -> None:
+        """Make `run` return, and wait until it has. Idempotent. Blocks: call it in a thread."""
