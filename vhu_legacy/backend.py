@@ -175,8 +175,8 @@ class VhostUserServer:
                 return
             connection = self._connection = _Connection(channel, session)
             self._accepted += 1
-            self._on_event("connected", self._member.id, {"peer_pid": connection.peer_pid})
             try:
+                self._on_event("connected", self._member.id, {"peer_pid": connection.peer_pid})
                 with connection.scope:
                     async with trio.open_nursery() as nursery:
                         await self._messages(connection, nursery)

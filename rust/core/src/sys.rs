@@ -181,10 +181,27 @@ impl Epoll {
         })
     }
 
-    /// Watches `fd` for reading (level triggered).
+    /// Watches `fd` for reading, level triggered.
+    ///
+    /// # Errors
+    /// What `epoll_ctl` says.
     pub fn add(&self, fd: RawFd, token: u64) -> io::Result<()> {
+        self.add_with(fd, token, libc::EPOLLIN)
+    }
+
+    /// Watches an eventfd of a front end, edge triggered: every write to it is reported, but what is left in it is
+    /// not. A front end can hand over a semaphore eventfd with a count that takes for ever to drain; level triggered,
+    /// it would keep the worker awake.
+    ///
+    /// # Errors
+    /// What `epoll_ctl` says.
+    pub fn add_edge(&self, fd: RawFd, token: u64) -> io::Result<()> {
+        self.add_with(fd, token, libc::EPOLLIN | libc::EPOLLET)
+    }
+
+    fn add_with(&self, fd: RawFd, token: u64, events: libc::c_int) -> io::Result<()> {
         let mut event = libc::epoll_event {
-            events: libc::EPOLLIN as u32,
+            events: events as u32,
             u64: token,
         };
         // SAFETY: event is a live local.

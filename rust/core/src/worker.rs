@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Fault, Result};
 use crate::event::{Completion, Event, Events};
@@ -31,6 +32,8 @@ const TOKEN_QUEUES: u64 = 2;
 
 /// Workers by default: one per CPU, at most this many.
 pub const DEFAULT_WORKERS: usize = 4;
+/// How long closing the pool waits for requests in flight.
+pub const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
 /// Turns without a look at epoll while queues are busy.
 const TURNS_PER_POLL: u32 = 8;
 
@@ -271,16 +274,24 @@ impl Pool {
             .collect()
     }
 
-    /// Ends the workers and joins them. Requests in flight are waited for (their buffers are somebody's memory).
-    /// Idempotent.
+    /// Ends the workers and joins them. Requests in flight are waited for (their buffers are somebody's memory), but not
+    /// longer than [`CLOSE_PATIENCE`]: storage may hang for good, and then its worker is left behind. Idempotent.
     pub fn close(&self) {
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for worker in &self.workers {
             worker.send(Command::Quit);
         }
+        let deadline = Instant::now() + CLOSE_PATIENCE;
         for thread in threads {
-            // A worker catches panics itself; one that still died has been logged by the runtime.
-            let _ = thread.join();
+            while !thread.is_finished() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if thread.is_finished() {
+                // A worker catches panics itself; one that still died has been logged by the runtime.
+                let _ = thread.join();
+            } else {
+                log::error!("a worker still waits for I/O after {CLOSE_PATIENCE:?}; it is left behind");
+            }
         }
     }
 }
@@ -409,7 +420,7 @@ impl Worker {
             if self.pending.swap(false, Ordering::AcqRel) {
                 self.handle_commands();
             }
-            let idle = self.ready.is_empty() && self.touched.is_empty();
+            let idle = self.ready.is_empty() && self.touched.is_empty() && self.done.is_empty();
             if idle || turn.is_multiple_of(TURNS_PER_POLL) {
                 // A submission the kernel would not take is tried again soon.
                 let timeout = match (idle, self.uring.has_queued()) {
@@ -587,10 +598,19 @@ impl Worker {
     }
 
     fn handle_commands(&mut self) {
-        // What was queued before goes to the kernel first: commands may close the fds it names.
-        self.uring.submit();
         while let Ok(command) = self.commands.try_recv() {
+            // What was queued before goes to the kernel first: commands may close the fds it names.
+            self.flush();
             self.handle(command);
+        }
+    }
+
+    /// Submits until nothing is queued: a full completion queue is emptied (into `done`, for the next turn) if that is
+    /// what it takes.
+    fn flush(&mut self) {
+        self.uring.submit();
+        while self.uring.has_queued() {
+            self.uring.reap(&mut self.done);
             self.uring.submit();
         }
     }
@@ -632,7 +652,7 @@ impl Worker {
                     if let Some(Some(queue)) = self.queues.get_mut(index) {
                         self.epoll.remove(queue.kick.as_raw_fd());
                         queue.kick = kick;
-                        let added = self.epoll.add(queue.kick.as_raw_fd(), TOKEN_QUEUES + index as u64);
+                        let added = self.epoll.add_edge(queue.kick.as_raw_fd(), TOKEN_QUEUES + index as u64);
                         if let Err(e) = added {
                             queue.owner.break_it(kick_fault(queue.runner.index(), &e));
                         }
@@ -665,7 +685,7 @@ impl Worker {
             self.queues.push(None);
             self.queues.len() - 1
         });
-        if let Err(e) = self.epoll.add(start.kick.as_raw_fd(), TOKEN_QUEUES + index as u64) {
+        if let Err(e) = self.epoll.add_edge(start.kick.as_raw_fd(), TOKEN_QUEUES + index as u64) {
             start.owner.break_it(kick_fault(start.runner.index(), &e));
         }
         self.keys.insert(key, index);
@@ -686,7 +706,7 @@ impl Worker {
 
     fn end(&mut self, index: usize) {
         // Interrupts of this queue are on their way to the kernel before its call fd is closed.
-        self.uring.submit();
+        self.flush();
         if let Some(queue) = self.queues[index].take() {
             self.epoll.remove(queue.kick.as_raw_fd());
             self.keys.remove(&queue.key);

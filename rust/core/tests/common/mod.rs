@@ -2,7 +2,7 @@
 //! The driver's side, for tests: guest memory in a memfd, and a split ring laid out in it.
 
 #![allow(dead_code)]
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
