@@ -376,10 +376,10 @@ fn configuration() {
     assert_eq!(&config[34..36], &1u16.to_le_bytes());
     assert_eq!(&config[57..], &[0; 71][..]);
     // Any width gives the same bytes.
-    for offset in 0..100 {
+    for (offset, &expected) in config.iter().enumerate().take(100) {
         let mut byte = [0xff];
         bench.blk.read_config(offset, &mut byte);
-        assert_eq!(byte[0], config[offset]);
+        assert_eq!(byte[0], expected);
     }
     assert!(bench.blk.write_config(32, &[0]).unwrap());
     assert!(!bench.blk.writeback());
