@@ -108,9 +108,17 @@ impl Uring {
     }
 
     /// Submits and waits for one completion. For users without an event loop.
-    pub fn wait(&mut self) {
-        if self.ring.submit_and_wait(1).is_ok() {
-            self.queued = 0;
+    ///
+    /// # Errors
+    /// What the kernel says, but for an interruption. A ring belongs to the thread that made it: elsewhere it fails.
+    pub fn wait(&mut self) -> io::Result<()> {
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => {
+                self.queued = 0;
+                Ok(())
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(e) => Err(e),
         }
     }
 

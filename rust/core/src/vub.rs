@@ -51,7 +51,8 @@ struct Origin {
 }
 
 struct State {
-    uring: Uring,
+    /// Made by the crate's worker when it first serves a ring: an io_uring belongs to one thread.
+    uring: Option<Uring>,
     map: Arc<MemoryMap>,
     features: u64,
     runners: Vec<Option<(Origin, Runner)>>,
@@ -66,7 +67,7 @@ pub struct Adapter {
 
 impl Adapter {
     /// # Errors
-    /// [`Error::Invalid`] for a member with more than [`MAX_QUEUES`] queues, [`Error::Os`] without io_uring.
+    /// [`Error::Invalid`] for a member with more than [`MAX_QUEUES`] queues.
     pub fn new(member: Arc<Member>) -> Result<Arc<Self>> {
         let queues = member.device().queues();
         if queues > MAX_QUEUES {
@@ -79,7 +80,7 @@ impl Adapter {
             source,
         })?;
         let state = State {
-            uring,
+            uring: None,
             map: Arc::default(),
             features: 0,
             runners: (0..queues).map(|_| None).collect(),
@@ -101,6 +102,11 @@ impl Adapter {
             runners,
             done,
         } = &mut *state;
+        let broken_ring = |e: io::Error| Fault::new("internal.io-uring", e.to_string());
+        let uring = match uring {
+            Some(uring) => uring,
+            None => uring.insert(Uring::new(256).map_err(broken_ring)?),
+        };
         let slot = runners
             .get_mut(usize::from(index))
             .ok_or_else(|| Fault::new("vring.index", format!("queue {index}")))?;
@@ -143,7 +149,7 @@ impl Adapter {
             runner.disable_notification();
             let taken = runner.take(uring, 0);
             while runner.in_flight() > 0 {
-                uring.wait();
+                uring.wait().map_err(broken_ring)?;
                 uring.reap(done);
                 for (slot, result) in done.drain(..) {
                     runner.complete(slot as u16, result, uring, 0);

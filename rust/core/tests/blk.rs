@@ -106,7 +106,7 @@ impl Bench {
         self.runner.take(&mut self.uring, 0).unwrap();
         let mut done = Vec::new();
         while self.runner.in_flight() > 0 {
-            self.uring.wait();
+            self.uring.wait().unwrap();
             self.uring.reap(&mut done);
             for (slot, result) in done.drain(..) {
                 self.runner.complete(slot as u16, result, &mut self.uring, 0);
