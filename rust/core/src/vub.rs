@@ -75,10 +75,6 @@ impl Adapter {
                 "queues = {queues}; the engine rust-vmm serves at most {MAX_QUEUES}"
             )));
         }
-        let uring = Uring::new(256).map_err(|source| Error::Os {
-            what: "io_uring_setup",
-            source,
-        })?;
         let state = State {
             uring: None,
             map: Arc::default(),
