@@ -17,6 +17,7 @@ __all__ = [
     "ProtocolError",
     "Session",
     "VhostUserDaemon",
+    "discard",
 ]
 
 class NativeError(Exception):
@@ -46,7 +47,7 @@ class Pool:
         kinds: "done" {token}: a pending `Outcome` can be resumed, or a detach has drained;
         "status" {old, new}: the device status register changed;
         "broken" {rule, reason, queue|None}: the member was marked broken;
-        "config" {}: the device configuration changed (driver or operator).
+        "config" {}: the driver changed the device configuration.
         """
     def statistics(self) -> dict[str, Any]:
         """Workers, their queues, wake-ups, requests; shared mappings."""
@@ -88,6 +89,9 @@ class Member:
         """
     def close(self) -> None:
         """Let go of the image. Idempotent. Raises BusyError while attached."""
+
+def discard(fds: list[int]) -> None:
+    """Close fds that came from a front end. Never waits for it, whatever they are."""
 
 @final
 class Outcome:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -162,9 +161,7 @@ class VhostUserServer:
         finally:
             self._waiting -= 1
         self._refused += 1
-        logger.warning(
-            "member %d: front end (pid %s) refused: %s", self._member.id, channel.peer_pid(), reason
-        )
+        logger.warning("member %d: front end (pid %s) refused: %s", self._member.id, channel.peer_pid(), reason)
         return None
 
     async def _serve(self, channel: Channel) -> None:
@@ -223,9 +220,13 @@ class VhostUserServer:
                 await self._send_config_change(connection)
             if outcome.pending is None:
                 return True
-            token = outcome.pending
-            await self._hub.wait_done(token)
-            outcome = session.resume(token)
+            with trio.move_on_after(_DRAIN_PATIENCE) as scope:
+                await self._hub.wait_done(outcome.pending)
+            if scope.cancelled_caught:
+                connection.reason = f"I/O in flight for {_DRAIN_PATIENCE:g} s"
+                session.fail("drain.timeout", connection.reason)
+                return False
+            outcome = session.resume(outcome.pending)
 
     def _open_reverse(self, connection: _Connection, fd: int, nursery: trio.Nursery) -> None:
         if connection.reverse is not None:
@@ -240,8 +241,7 @@ class VhostUserServer:
             while True:
                 message = await reverse.receive()
                 # No answer of ours to expect carries descriptors.
-                for fd in message.fds:
-                    os.close(fd)
+                _native.discard(message.fds)
                 connection.session.backend_reply(message.header, message.payload)
         except ConnectionEnd:
             pass
@@ -266,32 +266,41 @@ class VhostUserServer:
         try:
             with trio.fail_after(2):
                 await reverse.send(data)
-        except (OSError, trio.TooSlowError, trio.ClosedResourceError, trio.BusyResourceError) as error:
-            logger.warning("member %d: CONFIG_CHANGE not sent: %s", self._member.id, error)
+        except (OSError, trio.TooSlowError, trio.ClosedResourceError) as error:
+            # Part of it may be out: nothing more can be said there.
+            logger.warning("member %d: CONFIG_CHANGE not sent, back-end channel closed: %s", self._member.id, error)
+            reverse.shutdown()
             return False
         return True
 
     async def _detach(self, connection: _Connection) -> None:
         """Stop the member's rings and wait for requests in flight, also when cancelled."""
-        token = connection.session.detach()
-        if token is not None:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _DRAIN_PATIENCE) as scope:
-                await self._hub.wait_done(token)
-                connection.session.resume(token)
-            if scope.cancelled_caught:
-                logger.error(
-                    "member %d: requests in flight for %g s after the front end left; the member stays busy",
-                    self._member.id,
-                    _DRAIN_PATIENCE,
-                )
-                connection.session.fail("drain.timeout", f"I/O hangs for {_DRAIN_PATIENCE:g} s")
-                await self._hub.wait_done(token)
-                connection.session.resume(token)
-        if self._connection is connection:
-            self._connection = None
-        self._freed.set()
-        self._freed = trio.Event()
+        try:
+            token = connection.session.detach()
+            if token is not None:
+                await self._drain(connection, token)
+        finally:
+            if self._connection is connection:
+                self._connection = None
+            self._freed.set()
+            self._freed = trio.Event()
         self._on_event("disconnected", self._member.id, {"reason": connection.reason})
+
+    async def _drain(self, connection: _Connection, token: int) -> None:
+        """Wait until requests in flight have ended: for a while even when cancelled, then until cancelled."""
+        session = connection.session
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _DRAIN_PATIENCE):
+            await self._hub.wait_done(token)
+            session.resume(token)
+            return
+        logger.error(
+            "member %d: requests in flight for %g s after the front end left; the member stays busy",
+            self._member.id,
+            _DRAIN_PATIENCE,
+        )
+        session.fail("drain.timeout", f"I/O in flight for {_DRAIN_PATIENCE:g} s")
+        await self._hub.wait_done(token)
+        session.resume(token)
 
     async def config_changed(self) -> bool:
         """Tell an attached front end that the configuration changed. False when there is none that can take it now;

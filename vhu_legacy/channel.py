@@ -51,6 +51,9 @@ class Message(NamedTuple):
 class Channel:
     """A connected UNIX stream socket that carries vhost-user messages.
 
+    Every call says MSG_DONTWAIT: a back-end channel is a socket that the front end has made and shares with us, so it
+    can clear O_NONBLOCK at any time, and a blocking call would stop all members.
+
     `patience` bounds the time, in seconds, between the first byte of a message and its last. Between messages there is
     no bound.
     """
@@ -83,7 +86,7 @@ class Channel:
         data = b""
         while len(data) < size:
             chunk, ancillary, flags, _ = await self._socket.recvmsg(
-                size - len(data), _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+                size - len(data), _ANCILLARY, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
             )
             for level, kind, payload in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -117,9 +120,7 @@ class Channel:
             with trio.move_on_after(self._patience) as scope:
                 header = first + await self._receive(_HEADER - 1, fds)
                 if len(header) < _HEADER:
-                    raise TornMessage(
-                        "message.torn", f"connection ended after {len(header)} bytes of a header"
-                    )
+                    raise TornMessage("message.torn", f"connection ended after {len(header)} bytes of a header")
                 size = _native.Session.payload_size(header)
                 payload = await self._receive(size, fds)
                 if len(payload) < size:
@@ -129,8 +130,7 @@ class Channel:
             if scope.cancelled_caught:
                 raise TornMessage("message.silence", f"half a message, then {self._patience:g} s of silence")
         except BaseException:
-            for fd in fds:
-                os.close(fd)
+            _native.discard(fds)
             raise
         return Message(header, payload, fds)
 
@@ -139,7 +139,7 @@ class Channel:
         async with self._send_lock:
             view = memoryview(data)
             while view:
-                view = view[await self._socket.send(view) :]
+                view = view[await self._socket.send(view, socket.MSG_DONTWAIT) :]
 
     def shutdown(self) -> None:
         """End the connection in both directions: whoever waits in `receive` or `send` is woken."""

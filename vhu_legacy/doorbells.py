@@ -80,7 +80,7 @@ class EventHub:
         Works, by looking from time to time, even when `run` has ended: closing down cancels everything at once, and a
         connection still has to see its rings stop.
 
-        On cancellation the completion goes on; its end is then dropped when it comes.
+        On cancellation the completion goes on, and can be waited for again.
         """
         if token in self._ended:
             self._ended.discard(token)
@@ -93,7 +93,10 @@ class EventHub:
                     await event.wait()
                 if not self._running:
                     self.dispatch()
-        finally:
-            if not event.is_set():
-                # Nobody will ask again: keep a place for it, so that its end isn't stored for ever.
-                self._waiting[token] = trio.Event()
+        except trio.Cancelled:
+            # It may be asked for again. If it has ended in this very moment, that must not be lost.
+            if event.is_set():
+                self._ended.add(token)
+            else:
+                self._waiting.pop(token, None)
+            raise

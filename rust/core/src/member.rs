@@ -14,25 +14,11 @@ use crate::error::{Error, Fault, Result};
 use crate::event::{Completion, Event};
 use crate::memory::{MemoryMap, Region};
 use crate::ring::split::{self, AddressSpace, RingAddresses};
-use crate::runner::{ring_features, QueueSetup, QueueStats, Runner};
-use crate::sys;
+use crate::ring::MAX_QUEUE_SIZE;
+use crate::runner::{QueueSetup, QueueStats, Runner};
 use crate::worker::{Owner, Pool, QueueHandle, Start};
 
-/// Transport and ring feature bits.
-pub mod feature {
-    /// Interrupt when the available ring runs empty; legacy only.
-    pub const NOTIFY_ON_EMPTY: u64 = 1 << 24;
-    /// Any descriptor framing; implied by VERSION_1.
-    pub const ANY_LAYOUT: u64 = 1 << 27;
-    /// Indirect descriptor tables.
-    pub const INDIRECT_DESC: u64 = 1 << 28;
-    /// used_event and avail_event.
-    pub const EVENT_IDX: u64 = 1 << 29;
-    /// vhost-user only, never seen by a driver.
-    pub const PROTOCOL_FEATURES: u64 = 1 << 30;
-    /// virtio 1.0 and later; a driver that doesn't accept it is a legacy driver.
-    pub const VERSION_1: u64 = 1 << 32;
-}
+pub use crate::ring::feature;
 
 /// Device status bits.
 pub mod status {
@@ -40,6 +26,17 @@ pub mod status {
     pub const DRIVER_OK: u8 = 4;
     /// The device is broken and wants a reset.
     pub const NEEDS_RESET: u8 = 64;
+}
+
+/// Whether a ring runs.
+enum Run {
+    /// Nobody touches it; the position is in the registers.
+    Stopped,
+    /// A worker serves it.
+    Running(QueueHandle),
+    /// It has been told to stop; the position will be in the queue's stats. It can be told again, by somebody else who
+    /// wants to know when it has.
+    Stopping(QueueHandle),
 }
 
 /// One queue's registers.
@@ -50,13 +47,43 @@ struct Queue {
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
     enabled: bool,
-    running: Option<QueueHandle>,
-    /// A stop is under way; the position will be in `stats`.
-    stopping: bool,
+    run: Run,
     stats: Arc<QueueStats>,
 }
 
 impl Queue {
+    /// Whether a started ring may take requests: without VHOST_USER_F_PROTOCOL_FEATURES there is no enable message, and
+    /// a started ring is enabled.
+    fn may_run(&self, driver_features: u64) -> bool {
+        self.enabled || driver_features & feature::PROTOCOL_FEATURES == 0
+    }
+
+    fn running(&self) -> Option<&QueueHandle> {
+        match &self.run {
+            Run::Running(handle) => Some(handle),
+            _ => None,
+        }
+    }
+
+    /// Tells the ring to stop, if it is not stopped already; `done` is called for only then.
+    fn stop(&mut self, done: impl FnOnce() -> Completion) {
+        self.run = match std::mem::replace(&mut self.run, Run::Stopped) {
+            Run::Stopped => return,
+            Run::Running(handle) | Run::Stopping(handle) => {
+                handle.stop(done());
+                Run::Stopping(handle)
+            }
+        };
+    }
+
+    /// The ring has stopped: takes over its position.
+    fn collect(&mut self) {
+        if matches!(self.run, Run::Stopping(_)) {
+            self.run = Run::Stopped;
+            self.next_avail = self.stats.last_avail.load(Ordering::Relaxed);
+        }
+    }
+
     fn new(size: u16) -> Self {
         Self {
             size,
@@ -65,8 +92,7 @@ impl Queue {
             kick: None,
             call: None,
             enabled: false,
-            running: None,
-            stopping: false,
+            run: Run::Stopped,
             stats: Arc::default(),
         }
     }
@@ -253,7 +279,6 @@ impl Member {
     }
 
     fn forget(&self, registers: &mut Registers) {
-        self.device.reset();
         self.set_status_register(registers, 0);
         registers.attached = false;
         registers.draining = false;
@@ -295,7 +320,8 @@ impl Member {
     /// # Errors
     /// `features.not-offered`, `features.legacy-refused`, `features.running`.
     pub fn set_features(&self, features: u64, transport: u64) -> std::result::Result<(), Fault> {
-        let offered = self.offered_features() | transport;
+        // Known rather than offered now: see Device::known_features.
+        let offered = self.offered_features() | self.device.known_features() | transport;
         if features & !offered != 0 {
             return Err(Fault::new(
                 "features.not-offered",
@@ -309,11 +335,11 @@ impl Member {
             ));
         }
         let mut registers = self.lock();
-        let changed = ring_features(features) != ring_features(registers.driver_features);
-        if changed && registers.queues.iter().any(|queue| queue.running.is_some()) {
+        let running = registers.queues.iter().any(|queue| queue.running().is_some());
+        if running && features != registers.driver_features {
             return Err(Fault::new(
                 "features.running",
-                "ring features changed while a ring runs",
+                "the accepted features change while a ring runs",
             ));
         }
         registers.driver_features = features;
@@ -344,7 +370,8 @@ impl Member {
     }
 
     /// Writes the device status register. Writing 0 stops the rings, keeping their positions: QEMU 7.2 writes 0 when it
-    /// pauses a guest and asks for the positions afterwards. Some: wait, then `collect`.
+    /// pauses a guest and asks for the positions afterwards. Some: wait, then
+    /// `finish_status`.
     pub fn set_status(&self, value: u8) -> Option<u64> {
         let mut registers = self.lock();
         self.set_status_register(&mut registers, value & !status::NEEDS_RESET);
@@ -352,7 +379,9 @@ impl Member {
             return None;
         }
         let token = self.stop_all(&mut registers);
-        self.owner.mend();
+        if token.is_none() {
+            self.owner.mend();
+        }
         token
     }
 
@@ -372,16 +401,16 @@ impl Member {
     }
 
     fn clear(&self, registers: &mut Registers) {
-        self.device.reset();
         self.set_status_register(registers, 0);
-        registers.driver_features = 0;
+        // The front end goes on speaking vhost-user with protocol features.
+        registers.driver_features &= feature::PROTOCOL_FEATURES;
         registers.features_written = false;
         for queue in &mut registers.queues {
-            queue.stopping = false;
-            queue.next_avail = 0;
-            queue.addresses = None;
-            queue.enabled = false;
-            queue.kick = None;
+            let stats = Arc::clone(&queue.stats);
+            *queue = Queue {
+                stats,
+                ..Queue::new(queue.size)
+            };
         }
         self.owner.mend();
     }
@@ -390,22 +419,21 @@ impl Member {
     fn stop_all(&self, registers: &mut Registers) -> Option<u64> {
         let mut done: Option<Completion> = None;
         for queue in &mut registers.queues {
-            if let Some(handle) = queue.running.take() {
-                let done = done.get_or_insert_with(|| self.pool.events().completion());
-                queue.stopping = true;
-                handle.stop(done.clone());
-            }
+            queue.stop(|| done.get_or_insert_with(|| self.pool.events().completion()).clone());
         }
         done.map(|done| done.token())
     }
 
     /// Rings that were told to stop have stopped: takes over their positions.
     pub fn collect(&self) {
-        for queue in &mut self.lock().queues {
-            if std::mem::take(&mut queue.stopping) {
-                queue.next_avail = queue.stats.last_avail.load(Ordering::Relaxed);
-            }
-        }
+        self.lock().queues.iter_mut().for_each(Queue::collect);
+    }
+
+    /// The rings have stopped: finishes `set_status(0)`. A driver that writes 0 has given up on a broken device, or its
+    /// front end is only pausing it: then it meets the same fault again.
+    pub fn finish_status(&self) {
+        self.collect();
+        self.owner.mend();
     }
 
     fn queue(registers: &mut Registers, index: u64) -> std::result::Result<&mut Queue, Fault> {
@@ -421,7 +449,7 @@ impl Member {
     /// # Errors
     /// `vring.index`, `vring.size`, `vring.running`.
     pub fn set_queue_size(&self, index: u64, size: u64) -> std::result::Result<(), Fault> {
-        let max = self.device.queue_size();
+        let max = MAX_QUEUE_SIZE;
         let mut registers = self.lock();
         let queue = Self::queue(&mut registers, index)?;
         let wanted = u16::try_from(size)
@@ -434,7 +462,7 @@ impl Member {
             )
             .on_queue(index as u16));
         };
-        if queue.running.is_some() && queue.size != size {
+        if queue.running().is_some() && queue.size != size {
             return Err(running(index));
         }
         queue.size = size;
@@ -449,7 +477,7 @@ impl Member {
         let mut registers = self.lock();
         let map = Arc::clone(&registers.map);
         let queue = Self::queue(&mut registers, index)?;
-        if queue.running.is_some() {
+        if queue.running().is_some() {
             // The same again is fine: QEMU repeats the message to switch logging flags.
             return if queue.addresses == Some(addresses) {
                 Ok(())
@@ -458,14 +486,8 @@ impl Member {
             };
         }
         if !map.is_empty() {
-            split::resolve(
-                &map,
-                AddressSpace::User,
-                addresses,
-                queue.size,
-                self.device.queue_size(),
-            )
-            .map_err(|fault| fault.on_queue(index as u16))?;
+            split::resolve(&map, AddressSpace::User, addresses, queue.size, MAX_QUEUE_SIZE)
+                .map_err(|fault| fault.on_queue(index as u16))?;
         }
         queue.addresses = Some(addresses);
         self.try_start(&mut registers, index)
@@ -482,7 +504,7 @@ impl Member {
             let fault = Fault::new("vring.base", format!("base {base}; at most 65535 for a split ring"));
             return Err(fault.on_queue(index as u16));
         };
-        if queue.running.is_some() {
+        if queue.running().is_some() {
             return Err(running(index));
         }
         queue.next_avail = base;
@@ -498,13 +520,13 @@ impl Member {
         let queue = Self::queue(&mut registers, index)?;
         queue.kick = None;
         queue.call = None;
-        Ok(queue.running.take().map(|handle| {
-            queue.stopping = true;
+        let mut token = None;
+        queue.stop(|| {
             let done = self.pool.events().completion();
-            let token = done.token();
-            handle.stop(done);
-            token
-        }))
+            token = Some(done.token());
+            done
+        });
+        Ok(token)
     }
 
     /// Position of a stopped ring.
@@ -515,7 +537,7 @@ impl Member {
         Ok(Self::queue(&mut self.lock(), index)?.next_avail)
     }
 
-    /// The fd that notifies the device; starts the ring.
+    /// The eventfd that notifies the device; starts the ring.
     ///
     /// # Errors
     /// `vring.index`, `vring.kick`, and what starting finds wrong.
@@ -526,10 +548,7 @@ impl Member {
         let Some(kick) = kick else {
             return refuse("no kick fd: a ring that must be polled is not supported");
         };
-        if !sys::is_eventfd(&kick) {
-            return refuse("the kick fd is not an eventfd");
-        }
-        if let Some(handle) = &queue.running {
+        if let Some(handle) = queue.running() {
             let done = self.pool.events().completion();
             let token = done.token();
             handle.set_kick(kick, done);
@@ -539,17 +558,14 @@ impl Member {
         self.try_start(&mut registers, index).map(|()| None)
     }
 
-    /// The fd that interrupts the driver; None: it polls.
+    /// The eventfd that interrupts the driver; None: it polls.
     ///
     /// # Errors
-    /// `vring.index`, `vring.call`.
+    /// `vring.index`.
     pub fn set_queue_call(&self, index: u64, call: Option<OwnedFd>) -> std::result::Result<Option<u64>, Fault> {
         let mut registers = self.lock();
         let queue = Self::queue(&mut registers, index)?;
-        if call.as_ref().is_some_and(|call| !sys::is_eventfd(call)) {
-            return Err(Fault::new("vring.call", "the call fd is not an eventfd").on_queue(index as u16));
-        }
-        Ok(match &queue.running {
+        Ok(match queue.running() {
             Some(handle) => {
                 let done = self.pool.events().completion();
                 let token = done.token();
@@ -588,7 +604,7 @@ impl Member {
         let mut registers = self.lock();
         let queue = Self::queue(&mut registers, index)?;
         queue.enabled = on;
-        if let Some(handle) = &queue.running {
+        if let Some(handle) = queue.running() {
             let done = self.pool.events().completion();
             let token = done.token();
             handle.enable(on, done);
@@ -602,7 +618,7 @@ impl Member {
         let map = Arc::clone(&registers.map);
         let driver_features = registers.driver_features;
         let queue = Self::queue(registers, index)?;
-        if queue.running.is_some() || queue.stopping || map.is_empty() {
+        if !matches!(queue.run, Run::Stopped) || map.is_empty() {
             return Ok(());
         }
         let (Some(addresses), Some(_)) = (queue.addresses, queue.kick.as_ref()) else {
@@ -623,14 +639,14 @@ impl Member {
             },
         )?;
         let Some(kick) = queue.kick.take() else { return Ok(()) };
-        // Without VHOST_USER_F_PROTOCOL_FEATURES there is no enable message: a started ring is enabled.
-        let enabled = queue.enabled || driver_features & feature::PROTOCOL_FEATURES == 0;
-        queue.running = Some(self.pool.start(Start {
+        let enabled = queue.may_run(driver_features);
+        let start = Start {
             owner: Arc::clone(&self.owner),
             runner,
             kick,
             enabled,
-        }));
+        };
+        queue.run = Run::Running(self.pool.start(start));
         Ok(())
     }
 
@@ -672,14 +688,21 @@ impl Member {
         registers.map = Arc::clone(&map);
         let mut done: Option<Completion> = None;
         for queue in &registers.queues {
-            if let Some(handle) = &queue.running {
+            if let Some(handle) = queue.running() {
                 let done = done.get_or_insert_with(|| self.pool.events().completion());
                 handle.set_memory(Arc::clone(&map), done.clone());
             }
         }
         // Rings that had everything but memory.
         for index in 0..registers.queues.len() as u64 {
-            self.try_start(registers, index)?;
+            let waits = Self::queue(registers, index)?.addresses.is_some_and(|addresses| {
+                let size = registers.queues[index as usize].size;
+                // One whose areas aren't there yet goes on waiting.
+                split::resolve(&map, AddressSpace::User, addresses, size, MAX_QUEUE_SIZE).is_ok()
+            });
+            if waits {
+                self.try_start(registers, index)?;
+            }
         }
         Ok(done.map(|done| done.token()))
     }
@@ -691,7 +714,7 @@ impl Member {
             && registers
                 .queues
                 .iter()
-                .any(|queue| queue.running.is_some() && queue.enabled)
+                .any(|queue| queue.running().is_some() && queue.may_run(registers.driver_features))
     }
 
     /// Everything about the member, for people.
@@ -699,7 +722,7 @@ impl Member {
         let device_features = self.offered_features();
         let broken = self.owner.fault();
         let registers = self.lock();
-        let running = registers.queues.iter().any(|queue| queue.running.is_some());
+        let running = registers.queues.iter().any(|queue| queue.running().is_some());
         let state = match () {
             () if registers.draining => "draining",
             () if broken.is_some() => "broken",
@@ -723,11 +746,11 @@ impl Member {
                 .iter()
                 .map(|queue| QueueInfo {
                     size: queue.size,
-                    started: queue.running.is_some(),
-                    enabled: queue.enabled,
-                    worker: queue.running.as_ref().map(|handle| handle.worker_index),
+                    started: queue.running().is_some(),
+                    enabled: queue.may_run(registers.driver_features),
+                    worker: queue.running().map(|handle| handle.worker_index),
                     addresses: queue.addresses,
-                    next_avail: match queue.running {
+                    next_avail: match queue.running() {
                         Some(_) => queue.stats.last_avail.load(Ordering::Relaxed),
                         None => queue.next_avail,
                     },

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::error::Fault;
 use crate::sigbus::Guard;
-use crate::sys;
+use crate::sys::{self, PeerFd};
 
 /// Regions a front end may have at once (GET_MAX_MEM_SLOTS). 509 is what the kernel's vhost and other back ends
 /// answer; QEMU takes the minimum over all devices.
@@ -126,7 +126,7 @@ impl MappingCache {
     ///
     /// # Errors
     /// `memory.region-size`, `memory.region-wrap`, `memory.fd-kind`, `memory.fd-short`, `memory.map`.
-    pub fn region(&self, fd: &OwnedFd, guest: u64, size: u64, user: u64, mmap_offset: u64) -> Result<Region, Fault> {
+    pub fn region(&self, fd: &PeerFd, guest: u64, size: u64, user: u64, mmap_offset: u64) -> Result<Region, Fault> {
         if size == 0 {
             return Err(Fault::new("memory.region-size", "a region of 0 bytes"));
         }
@@ -140,6 +140,7 @@ impl MappingCache {
                 ),
             ));
         }
+        let fd = fd.memory_file().map_err(|why| Fault::new("memory.fd-kind", why))?;
         let info = sys::file_info(fd.as_fd())
             .map_err(|e| Fault::new("memory.fd-kind", format!("the region's fd can't be examined: {e}")))?;
         if !info.regular {
@@ -588,40 +589,50 @@ impl Buffers {
         NonNull::new(ptr).map(LastByte)
     }
 
-    /// Copies from raw storage at `src` into all of the buffers.
+    /// The first `limit` bytes of the buffers, piece by piece: (start, length).
+    fn pieces(&self, limit: u64) -> impl Iterator<Item = (*mut u8, usize)> + '_ {
+        let mut left = limit;
+        self.iov.iter().map_while(move |iov| {
+            let n = left.min(iov.iov_len as u64);
+            left -= n;
+            (n > 0).then_some((iov.iov_base.cast(), n as usize))
+        })
+    }
+
+    /// Copies up to `limit` bytes from raw storage at `src` to the start of the buffers.
     ///
     /// # Safety
-    /// `src` must be valid for reading `self.len()` bytes.
-    pub unsafe fn copy_in(&self, mut src: *const u8) {
-        for iov in &self.iov {
+    /// `src` must be valid for reading as many bytes as `limit` and the buffers have.
+    pub unsafe fn copy_in(&self, mut src: *const u8, limit: u64) {
+        for (dst, n) in self.pieces(limit) {
             // SAFETY: the caller vouches for src, the map for the buffer. They may overlap only if a front end
             // shares its memory with our storage, which it can't name.
             unsafe {
-                std::ptr::copy_nonoverlapping(src, iov.iov_base.cast::<u8>(), iov.iov_len);
-                src = src.add(iov.iov_len);
+                std::ptr::copy_nonoverlapping(src, dst, n);
+                src = src.add(n);
             }
         }
     }
 
-    /// Copies all of the buffers to raw storage at `dst`.
+    /// Copies up to `limit` bytes from the start of the buffers to raw storage at `dst`.
     ///
     /// # Safety
-    /// `dst` must be valid for writing `self.len()` bytes.
-    pub unsafe fn copy_out(&self, mut dst: *mut u8) {
-        for iov in &self.iov {
+    /// `dst` must be valid for writing as many bytes as `limit` and the buffers have.
+    pub unsafe fn copy_out(&self, mut dst: *mut u8, limit: u64) {
+        for (src, n) in self.pieces(limit) {
             // SAFETY: as in copy_in.
             unsafe {
-                std::ptr::copy_nonoverlapping(iov.iov_base.cast::<u8>(), dst, iov.iov_len);
-                dst = dst.add(iov.iov_len);
+                std::ptr::copy_nonoverlapping(src.cast_const(), dst, n);
+                dst = dst.add(n);
             }
         }
     }
 
-    /// Fills all of the buffers with zeroes.
-    pub fn zero(&self) {
-        for iov in &self.iov {
+    /// Fills up to `limit` bytes from the start of the buffers with zeroes.
+    pub fn zero(&self, limit: u64) {
+        for (dst, n) in self.pieces(limit) {
             // SAFETY: the map keeps the buffer valid for its length.
-            unsafe { std::ptr::write_bytes(iov.iov_base.cast::<u8>(), 0, iov.iov_len) };
+            unsafe { std::ptr::write_bytes(dst, 0, n) };
         }
     }
 }

@@ -13,11 +13,21 @@ use crate::device::{Counters, Device, QueueContext, Request, Step};
 use crate::error::Fault;
 use crate::memory::MemoryMap;
 use crate::ring::split::{AddressSpace, RingAddresses, SplitRing};
-use crate::ring::RingFeatures;
+use crate::ring::{feature, RingFeatures, MAX_QUEUE_SIZE};
 use crate::uring::Uring;
 
 /// Requests taken in one pass before others get their turn.
 pub const BATCH: u16 = 128;
+/// Bytes after which a pass takes no more, for the same reason.
+pub const BATCH_BYTES: u64 = 2 << 20;
+/// Memory maps that requests in flight may hold on to. A front end that goes on changing its memory while the storage
+/// hangs would otherwise fill the process with mappings.
+const MAX_RETIRED: usize = 64;
+
+/// Low half of the user data of an interrupt; requests have their slot there, which is less.
+const SIGNAL: u64 = 0xffff;
+/// The same of a request to cancel one; its completion says nothing.
+const CANCEL: u64 = 0xfffe;
 
 /// What the rest of the process may know of a queue. Written by the queue's worker only.
 #[derive(Default)]
@@ -76,10 +86,11 @@ pub struct QueueSetup {
 
 /// Ring features in a set of virtio features.
 pub fn ring_features(features: u64) -> RingFeatures {
+    let has = |bit| features & bit != 0;
     RingFeatures {
-        event_idx: features & (1 << 29) != 0,
-        indirect: features & (1 << 28) != 0,
-        notify_on_empty: features & (1 << 24) != 0,
+        event_idx: has(feature::EVENT_IDX),
+        indirect: has(feature::INDIRECT_DESC),
+        notify_on_empty: has(feature::NOTIFY_ON_EMPTY),
     }
 }
 
@@ -95,6 +106,14 @@ pub struct Runner {
     driver_features: u64,
     index: u16,
     call: Option<OwnedFd>,
+    /// High half of the user data of everything this queue submits.
+    tag: u64,
+    /// An interrupt is on its way: there is never more than one, so that a full eventfd can't pile them up.
+    signalling: bool,
+    /// Another one is due when it has arrived.
+    signal_again: bool,
+    /// An earlier call eventfd that the interrupt under way goes to.
+    old_call: Option<OwnedFd>,
     stats: Arc<QueueStats>,
     /// Requests. Made on demand: a queue that never has more than a few in flight needs a few. Growing moves them, but
     /// not what the kernel works on: guest memory, and scatter lists on the heap.
@@ -119,7 +138,7 @@ impl Runner {
             setup.space,
             setup.addresses,
             setup.size,
-            device.queue_size(),
+            MAX_QUEUE_SIZE,
             ring_features(setup.driver_features),
             setup.next_avail,
         )
@@ -134,6 +153,10 @@ impl Runner {
             driver_features: setup.driver_features,
             index: setup.index,
             call: setup.call,
+            tag: 0,
+            signalling: false,
+            signal_again: false,
+            old_call: None,
             stats: setup.stats,
             slots: Vec::new(),
             free: Vec::new(),
@@ -154,6 +177,21 @@ impl Runner {
     /// Requests in flight.
     pub fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    /// Whether the kernel works on nothing of this queue's: it may be dropped.
+    pub fn idle(&self) -> bool {
+        self.in_flight == 0 && !self.signalling
+    }
+
+    /// Sets the number that the queue is known by in user data.
+    pub fn set_tag(&mut self, number: usize) {
+        self.tag = (number as u64) << 16;
+    }
+
+    /// The number in user data.
+    pub fn number_of(user_data: u64) -> usize {
+        (user_data >> 16) as usize
     }
 
     /// The counters.
@@ -189,19 +227,32 @@ impl Runner {
     /// decision and ours went to the old one, and QEMU 7.2 doesn't wait for an answer here. A spurious interrupt does no
     /// harm, a lost one stops the guest.
     pub fn set_call(&mut self, call: Option<OwnedFd>, uring: &mut Uring) {
-        self.call = call;
+        let old = std::mem::replace(&mut self.call, call);
+        if self.signalling {
+            // Kept open until the kernel is done with it; one that doesn't get through is given up.
+            self.old_call = self.old_call.take().or(old);
+            self.give_up(uring);
+        }
         if self.ring.used_idx() != 0 || self.stats.calls.load(Ordering::Relaxed) != 0 {
             self.signal(uring);
         }
     }
 
     /// Goes on with a new memory map.
-    pub fn set_memory(&mut self, map: Arc<MemoryMap>) {
+    ///
+    /// # Errors
+    /// `memory.churn` when requests in flight hold on to too many maps.
+    pub fn set_memory(&mut self, map: Arc<MemoryMap>) -> Result<(), Fault> {
         if self.in_flight > 0 {
+            if self.retired.len() >= MAX_RETIRED {
+                let reason = format!("memory changed {MAX_RETIRED} times while requests were in flight");
+                return Err(Fault::new("memory.churn", reason).on_queue(self.index));
+            }
             self.retired.push(Arc::clone(&self.map));
         }
         self.suspended = !self.ring.rebase(&map, self.space, self.addresses);
         self.map = map;
+        Ok(())
     }
 
     /// The fault to report when something went wrong: memory taken away by its owner explains everything else.
@@ -233,16 +284,17 @@ impl Runner {
         self.ring.enable_notification() && self.in_flight < usize::from(self.size)
     }
 
-    /// Takes up to [`BATCH`] requests and starts them; those that need I/O are queued on `uring` with
-    /// `tag | slot`. Returns how many were taken.
+    /// Takes up to [`BATCH`] requests, or [`BATCH_BYTES`], and starts them; those that need I/O are queued on `uring`.
+    /// Returns how many were taken.
     ///
     /// # Errors
     /// A fault of the driver: the member must be broken.
     #[inline]
-    pub fn take(&mut self, uring: &mut Uring, tag: u64) -> Result<u16, Fault> {
+    pub fn take(&mut self, uring: &mut Uring) -> Result<u16, Fault> {
         let count = self.ring.available()?.min(BATCH);
         let mut taken = 0;
-        while taken < count {
+        let mut bytes = 0;
+        while taken < count && bytes < BATCH_BYTES {
             // A driver that reuses descriptors before they are used can have more in flight than the ring has
             // entries; it waits.
             let Some(slot) = self.slot() else { break };
@@ -261,6 +313,7 @@ impl Runner {
                 }
             }
             taken += 1;
+            bytes += request.chain.readable.len() + request.chain.writable.len();
             let context = QueueContext {
                 driver_features: self.driver_features,
                 counters: &self.stats.counters,
@@ -273,9 +326,11 @@ impl Runner {
                 }
                 Ok(Step::Io(op)) => {
                     self.in_flight += 1;
-                    uring.queue(&op, tag | u64::from(slot));
+                    uring.queue(&op, self.tag | u64::from(slot));
                 }
                 Err(fault) => {
+                    // Not answered, so not taken: the position stays before it.
+                    self.ring.undo_pop();
                     self.free.push(slot);
                     return Err(fault);
                 }
@@ -284,8 +339,16 @@ impl Runner {
         Ok(taken)
     }
 
-    /// Goes on with the request in `slot` after its operation ended with `result`.
-    pub fn complete(&mut self, slot: u16, result: i32, uring: &mut Uring, tag: u64) {
+    /// Something of this queue's has ended with `result`: an interrupt, or an operation of a request, which goes on.
+    pub fn complete(&mut self, user_data: u64, result: i32, uring: &mut Uring) {
+        match user_data & 0xffff {
+            SIGNAL => self.signalled(uring),
+            CANCEL => {}
+            slot => self.resume(slot as u16, result, uring),
+        }
+    }
+
+    fn resume(&mut self, slot: u16, result: i32, uring: &mut Uring) {
         let Some(request) = self.slots.get_mut(usize::from(slot)) else {
             return;
         };
@@ -294,16 +357,28 @@ impl Runner {
             counters: &self.stats.counters,
         };
         match self.device.resume(request, &context, result) {
-            Step::Io(op) => uring.queue(&op, tag | u64::from(slot)),
+            Step::Io(op) => uring.queue(&op, self.tag | u64::from(slot)),
             Step::Done(written) => {
                 self.ring.push_used(request.chain.head, written);
                 self.pushed += 1;
                 self.free.push(slot);
-                self.in_flight -= 1;
-                if self.in_flight == 0 {
-                    self.retired.clear();
-                }
+                self.landed();
             }
+        }
+    }
+
+    /// One request less is in flight.
+    fn landed(&mut self) {
+        self.in_flight -= 1;
+        if self.in_flight == 0 {
+            self.retired.clear();
+        }
+    }
+
+    /// A panic has cut `complete` short: the request is given up. `before`: how many were in flight then.
+    pub fn abandon(&mut self, before: usize) {
+        if self.in_flight == before && before > 0 {
+            self.landed();
         }
     }
 
@@ -338,9 +413,28 @@ impl Runner {
     }
 
     fn signal(&mut self, uring: &mut Uring) {
-        if let Some(call) = &self.call {
-            uring.signal(call.as_raw_fd());
+        if self.signalling {
+            self.signal_again = true;
+        } else if let Some(call) = &self.call {
+            self.signalling = true;
+            uring.signal(call.as_raw_fd(), self.tag | SIGNAL);
             QueueStats::bump(&self.stats.calls, 1);
+        }
+    }
+
+    fn signalled(&mut self, uring: &mut Uring) {
+        self.signalling = false;
+        self.old_call = None;
+        if std::mem::take(&mut self.signal_again) {
+            self.signal(uring);
+        }
+    }
+
+    /// Gives up an interrupt that doesn't get through (the front end has filled its eventfd and made it blocking).
+    pub fn give_up(&mut self, uring: &mut Uring) {
+        self.signal_again = false;
+        if self.signalling {
+            uring.cancel(self.tag | SIGNAL, self.tag | CANCEL);
         }
     }
 }

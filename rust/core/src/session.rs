@@ -23,7 +23,7 @@ use crate::error::{Fault, Result};
 use crate::member::{feature, Member};
 use crate::memory::MAX_REGIONS;
 use crate::ring::split::RingAddresses;
-use crate::sys;
+use crate::sys::PeerFd;
 
 /// Bytes of a message header: request, flags, payload size, each a little-endian u32.
 pub const HEADER_SIZE: usize = 12;
@@ -190,19 +190,27 @@ pub fn payload_size(header: &[u8; HEADER_SIZE]) -> std::result::Result<usize, Fa
     Ok(size)
 }
 
-/// What to do when a pending completion has ended.
+/// What to do when the rings, or the memory, are as a request wants them.
 #[derive(Clone, Copy)]
 enum After {
-    /// Acknowledge the request.
-    Acknowledge(u32, bool),
-    /// The rings have stopped: take their positions, acknowledge.
-    Collect(u32, bool),
-    /// The rings have stopped: finish the reset, acknowledge.
-    Reset(u32, bool),
-    /// Answer GET_VRING_BASE.
+    /// Nothing more.
+    Nothing,
+    /// The rings have stopped: `Member::finish_status`.
+    Status,
+    /// The rings have stopped: `Member::finish_reset`.
+    Reset,
+    /// The ring has stopped: answer GET_VRING_BASE.
     Base(u64),
-    /// The connection is over.
+    /// The connection is over: `Member::finish_detach`.
     Detach,
+}
+
+/// A request that waits for a completion.
+struct Pending {
+    token: u64,
+    after: After,
+    request: u32,
+    wants_ack: bool,
 }
 
 /// What a handled message leaves to do.
@@ -225,9 +233,10 @@ type Handled = std::result::Result<Done, Fault>;
 pub struct Session {
     member: Arc<Member>,
     acked: VhostUserProtocolFeatures,
-    after: Option<(u64, After)>,
+    pending: Option<Pending>,
     has_channel: bool,
     config_pending: bool,
+    config_read: bool,
     detached: bool,
 }
 
@@ -241,9 +250,10 @@ impl Session {
         Ok(Self {
             member,
             acked: VhostUserProtocolFeatures::empty(),
-            after: None,
+            pending: None,
             has_channel: false,
             config_pending: false,
+            config_read: false,
             detached: false,
         })
     }
@@ -258,7 +268,7 @@ impl Session {
     }
 
     /// Takes one whole message. The fds are consumed.
-    pub fn handle(&mut self, header: &[u8; HEADER_SIZE], payload: &[u8], fds: Vec<OwnedFd>) -> Outcome {
+    pub fn handle(&mut self, header: &[u8; HEADER_SIZE], payload: &[u8], fds: Vec<PeerFd>) -> Outcome {
         let request = u32_at(header, 0);
         let wants_ack =
             u32_at(header, 4) & FLAG_NEED_REPLY != 0 && self.negotiated(VhostUserProtocolFeatures::REPLY_ACK);
@@ -275,13 +285,12 @@ impl Session {
                 outcome.reply = wants_ack.then(|| self.ack(request, 0));
             }
             Ok(Done::Pending(token, after)) => {
-                let after = match after {
-                    After::Acknowledge(..) => After::Acknowledge(request, wants_ack),
-                    After::Collect(..) => After::Collect(request, wants_ack),
-                    After::Reset(..) => After::Reset(request, wants_ack),
-                    other => other,
-                };
-                self.after = Some((token, after));
+                self.pending = Some(Pending {
+                    token,
+                    after,
+                    request,
+                    wants_ack,
+                });
                 outcome.pending = Some(token);
             }
             Err(fault) => {
@@ -301,26 +310,18 @@ impl Session {
     /// Goes on after the completion `token` has ended.
     pub fn resume(&mut self, token: u64) -> Outcome {
         let mut outcome = Outcome::default();
-        let Some((_, after)) = self.after.take_if(|(pending, _)| *pending == token) else {
+        let Some(pending) = self.pending.take_if(|pending| pending.token == token) else {
             return outcome;
         };
-        let ack = |this: &Self, request, wanted: bool| wanted.then(|| this.ack(request, 0));
-        match after {
-            After::Acknowledge(request, wanted) => outcome.reply = ack(self, request, wanted),
-            After::Collect(request, wanted) => {
-                self.member.collect();
-                outcome.reply = ack(self, request, wanted);
-            }
-            After::Reset(request, wanted) => {
-                self.member.finish_reset();
-                outcome.reply = ack(self, request, wanted);
-            }
+        outcome.reply = pending.wants_ack.then(|| self.ack(pending.request, 0));
+        match pending.after {
+            After::Nothing => {}
+            After::Status => self.member.finish_status(),
+            After::Reset => self.member.finish_reset(),
             After::Base(index) => {
                 self.member.collect();
                 match self.base_reply(index) {
-                    Ok(payload) => {
-                        outcome.reply = Some(message(FrontendReq::GET_VRING_BASE as u32, FLAG_REPLY, &payload));
-                    }
+                    Ok(payload) => outcome.reply = Some(message(pending.request, FLAG_REPLY, &payload)),
                     Err(fault) => outcome.error = Some(fault),
                 }
             }
@@ -344,7 +345,7 @@ impl Session {
         request: u32,
         header: &[u8; HEADER_SIZE],
         payload: &[u8],
-        fds: Vec<OwnedFd>,
+        fds: Vec<PeerFd>,
     ) -> (bool, Handled) {
         let unknown = || Fault::new("message.unknown", format!("request {request} is not known here"));
         let Ok(code) = FrontendReq::try_from(request) else {
@@ -363,9 +364,9 @@ impl Session {
         rule: &Rule,
         header: &[u8; HEADER_SIZE],
         payload: &[u8],
-        fds: &[OwnedFd],
+        fds: &[PeerFd],
     ) -> std::result::Result<(), Fault> {
-        if self.detached || self.after.is_some() {
+        if self.detached || self.pending.is_some() {
             return Err(Fault::new(
                 "message.order",
                 format!("{code:?} while the last request is unfinished"),
@@ -407,7 +408,7 @@ impl Session {
         Ok(())
     }
 
-    fn carry_out(&mut self, code: FrontendReq, payload: &[u8], fds: Vec<OwnedFd>) -> Handled {
+    fn carry_out(&mut self, code: FrontendReq, payload: &[u8], fds: Vec<PeerFd>) -> Handled {
         use FrontendReq as R;
         let member = Arc::clone(&self.member);
         let value = || decode::<VhostUserU64>(payload).value;
@@ -416,8 +417,7 @@ impl Session {
             (u64::from(state.index), u64::from(state.num))
         };
         let reply = |value: u64| Ok(Done::Reply(value.to_le_bytes().to_vec()));
-        let wait =
-            |token: Option<u64>| token.map_or(Done::Ok, |token| Done::Pending(token, After::Acknowledge(0, false)));
+        let wait = |token: Option<u64>| token.map_or(Done::Ok, |token| Done::Pending(token, After::Nothing));
         match code {
             R::GET_FEATURES => reply(member.offered_features() | feature::PROTOCOL_FEATURES),
             R::SET_FEATURES => member
@@ -430,7 +430,7 @@ impl Session {
             R::SET_OWNER => Ok(Done::Ok),
             // Deprecated: meant to disable all rings, but sent by old front ends when they go away. RESET_DEVICE does it.
             R::RESET_OWNER | R::RESET_DEVICE => Ok(match member.reset() {
-                Some(token) => Done::Pending(token, After::Reset(0, false)),
+                Some(token) => Done::Pending(token, After::Reset),
                 None => Done::Ok,
             }),
             R::GET_STATUS => reply(u64::from(member.status())),
@@ -478,11 +478,15 @@ impl Session {
             }
             R::SET_VRING_KICK => {
                 let (index, fd) = Self::vring_fd(code, value(), fds)?;
-                member.set_queue_kick(index, fd).map(wait)
+                member
+                    .set_queue_kick(index, Self::eventfd(fd, index, "vring.kick")?)
+                    .map(wait)
             }
             R::SET_VRING_CALL => {
                 let (index, fd) = Self::vring_fd(code, value(), fds)?;
-                member.set_queue_call(index, fd).map(wait)
+                member
+                    .set_queue_call(index, Self::eventfd(fd, index, "vring.call")?)
+                    .map(wait)
             }
             R::SET_VRING_ERR => {
                 // Errors are told over QMP and by NEEDS_RESET; the fd is closed here, not kept.
@@ -501,12 +505,12 @@ impl Session {
                     .remove_memory(region.guest_phys_addr, region.memory_size, region.user_addr)
                     .map(wait)
             }
-            R::SET_BACKEND_REQ_FD => match fds.into_iter().next() {
-                Some(fd) if sys::is_unix_stream(&fd) => {
+            R::SET_BACKEND_REQ_FD => match fds.into_iter().next().and_then(PeerFd::into_unix_stream) {
+                Some(fd) => {
                     self.has_channel = true;
                     Ok(Done::Channel(fd))
                 }
-                _ => Err(Fault::new("backend-channel", "the fd is not a UNIX stream socket")),
+                None => Err(Fault::new("backend-channel", "the fd is not a UNIX stream socket")),
             },
             R::GET_CONFIG => self.get_config(payload),
             R::SET_CONFIG => self.set_config(payload),
@@ -537,17 +541,13 @@ impl Session {
             return Err(Fault::new("status", format!("status {value:#x}; it has 8 bits")));
         };
         Ok(match self.member.set_status(status) {
-            Some(token) => Done::Pending(token, After::Collect(0, false)),
+            Some(token) => Done::Pending(token, After::Status),
             None => Done::Ok,
         })
     }
 
     /// Queue index and fd of a kick, call or err message.
-    fn vring_fd(
-        code: FrontendReq,
-        value: u64,
-        fds: Vec<OwnedFd>,
-    ) -> std::result::Result<(u64, Option<OwnedFd>), Fault> {
+    fn vring_fd(code: FrontendReq, value: u64, fds: Vec<PeerFd>) -> std::result::Result<(u64, Option<PeerFd>), Fault> {
         let fd = fds.into_iter().next();
         if value & !(0xff | VRING_NOFD) != 0 {
             return Err(Fault::new(
@@ -565,10 +565,18 @@ impl Session {
         Ok((value & 0xff, fd))
     }
 
+    fn eventfd(fd: Option<PeerFd>, index: u64, rule: &'static str) -> std::result::Result<Option<OwnedFd>, Fault> {
+        fd.map(|fd| {
+            fd.into_eventfd()
+                .ok_or_else(|| Fault::new(rule, "the fd is not an eventfd").on_queue(index as u16))
+        })
+        .transpose()
+    }
+
     fn map_region(
         member: &Member,
         region: &VhostUserMemoryRegion,
-        fd: Option<&OwnedFd>,
+        fd: Option<&PeerFd>,
     ) -> std::result::Result<crate::memory::Region, Fault> {
         let fd = fd.ok_or_else(|| Fault::new("message.fds", "a memory region without its fd"))?;
         member.pool().mappings().region(
@@ -580,7 +588,7 @@ impl Session {
         )
     }
 
-    fn set_mem_table(&self, payload: &[u8], fds: &[OwnedFd]) -> std::result::Result<Option<u64>, Fault> {
+    fn set_mem_table(&self, payload: &[u8], fds: &[PeerFd]) -> std::result::Result<Option<u64>, Fault> {
         let count = decode::<VhostUserMemory>(payload).num_regions as usize;
         let rows = &payload[size_of::<VhostUserMemory>()..];
         let row = size_of::<VhostUserMemoryRegion>();
@@ -607,13 +615,16 @@ impl Session {
         self.member.set_memory(regions)
     }
 
-    fn get_config(&self, payload: &[u8]) -> Handled {
+    fn get_config(&mut self, payload: &[u8]) -> Handled {
         let config = decode::<VhostUserConfig>(payload);
         let (offset, size) = (config.offset, config.size);
         let fits = offset.checked_add(size).is_some_and(|end| end <= MAX_CONFIG);
         if !fits || size == 0 {
             // "An empty reply indicates an error."
             return Ok(Done::Reply(Vec::new()));
+        }
+        if !std::mem::replace(&mut self.config_read, true) {
+            self.member.device().fresh();
         }
         let mut data = vec![0; size as usize];
         self.member.device().read_config(offset as usize, &mut data);
@@ -706,7 +717,21 @@ impl Session {
             return None;
         }
         let token = self.member.detach()?;
-        self.after = Some((token, After::Detach));
+        self.pending = Some(Pending {
+            token,
+            after: After::Detach,
+            request: 0,
+            wants_ack: false,
+        });
         Some(token)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Whoever owns the socket detaches and waits; this is for the case that it couldn't.
+        if self.detach().is_some() {
+            log::error!("member {}: a session was dropped with rings running", self.member.id());
+        }
     }
 }

@@ -111,7 +111,11 @@ fn install() {
 
 extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
-    let address = unsafe { (*info).si_addr() } as usize;
+    let (address, code) = unsafe { ((*info).si_addr() as usize, (*info).si_code) };
+    // Sent by a process, not raised by an access: then there is no address.
+    if code <= 0 {
+        return fall_back(signal, info, context);
+    }
     let high = HIGH.load(Ordering::Acquire).min(ENTRIES);
     for entry in &TABLE[..high] {
         let start = entry.start.load(Ordering::Acquire);
@@ -144,11 +148,16 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context
 
 /// Not our fault: the previous handler's, or death as without us.
 fn fall_back(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    let previous = PREVIOUS_HANDLER.load(Ordering::Acquire);
+    // Once only: a previous handler may itself fall back to what it found, which can be this one (Python's faulthandler,
+    // enabled after the first mapping), and the two would pass a real fault back and forth for ever.
+    let previous = PREVIOUS_HANDLER.swap(libc::SIG_DFL, Ordering::AcqRel);
     if previous == libc::SIG_DFL || previous == libc::SIG_IGN {
-        // SAFETY: restores the default action; the faulting instruction is restarted and kills the process with a
-        // core dump that shows where.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: restores the default action and asks for it: the process dies of the signal, whether it came from a
+        // fault or from kill(2).
+        unsafe {
+            libc::signal(signal, libc::SIG_DFL);
+            libc::raise(signal);
+        }
     } else if PREVIOUS_SIGINFO.load(Ordering::Relaxed) {
         // SAFETY: the value came from sigaction with SA_SIGINFO set, so it is a function of this type.
         let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =

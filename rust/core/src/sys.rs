@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The few system calls used directly, each behind a safe function.
 //!
-//! Raw fds are adopted (`OwnedFd`) in one place each: here for fds this process makes, in [`adopt`] for those
+//! Raw fds are adopted (`OwnedFd`) in one place each: here for fds this process makes, in [`PeerFd::adopt`] for those
 //! that arrive from Python.
 
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Turns -1 into the OS error.
 fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
@@ -18,17 +19,139 @@ fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
     }
 }
 
-/// Takes ownership of a raw fd that the caller was given (SCM_RIGHTS, passed down by Python).
+/// An fd that came from a front end, before it has been looked at.
 ///
-/// Returns None for a number that is not an open fd, so that a stray -1 can't become an `OwnedFd`.
-pub fn adopt(fd: RawFd) -> Option<OwnedFd> {
-    // SAFETY: F_GETFD only asks about the number; any value is allowed.
-    if fd < 0 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-        return None;
+/// Even closing it can't be taken for granted: a TCP socket with SO_LINGER waits for its peer, a file on FUSE or a network
+/// waits for its server. Dropping this closes what is known to be harmless here and hands the rest to a thread of its own.
+pub struct PeerFd(Option<OwnedFd>);
+
+/// Threads that may be busy closing strange fds; beyond, such fds stay open for good.
+const MAX_CLOSING: usize = 64;
+static CLOSING: AtomicUsize = AtomicUsize::new(0);
+
+impl PeerFd {
+    /// Takes ownership of a raw fd that the caller was given (SCM_RIGHTS, passed down by Python).
+    ///
+    /// Returns None for a number that is not an open fd, so that a stray -1 can't become an `OwnedFd`.
+    pub fn adopt(fd: RawFd) -> Option<Self> {
+        // SAFETY: F_GETFD only asks about the number; any value is allowed.
+        if fd < 0 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+            return None;
+        }
+        // SAFETY: the fd is open, and by contract of the seam (docs/ARCHITECTURE.md, fd ownership) the caller keeps
+        // no claim to it after passing it down.
+        Some(Self(Some(unsafe { OwnedFd::from_raw_fd(fd) })))
     }
-    // SAFETY: the fd is open, and by contract of the seam (docs/ARCHITECTURE.md, fd ownership) the caller keeps
-    // no claim to it after passing it down.
-    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+
+    /// The fd, when it is an eventfd.
+    pub fn into_eventfd(mut self) -> Option<OwnedFd> {
+        self.0.take_if(|fd| is_eventfd(fd))
+    }
+
+    /// The fd, when it is a stream socket of the UNIX family.
+    pub fn into_unix_stream(mut self) -> Option<OwnedFd> {
+        self.0.take_if(|fd| is_unix_stream(fd))
+    }
+
+    /// The fd, when it is open for reading and writing and names a file that can be mapped and whose server can't keep us
+    /// waiting: a memfd, a file in tmpfs or hugetlbfs, or one on a local file system.
+    ///
+    /// # Errors
+    /// Why not. Nothing is asked of the file itself before its kind is known.
+    pub fn memory_file(&self) -> Result<&OwnedFd, &'static str> {
+        let fd = self.0.as_ref().ok_or("no fd")?;
+        if !is_shared_memory(fd) && !is_on_local_disk(fd) {
+            return Err("the fd is neither shared memory nor a file on a local file system");
+        }
+        // SAFETY: no pointers are involved.
+        let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+        if flags & libc::O_ACCMODE != libc::O_RDWR {
+            return Err("the fd is not open for reading and writing");
+        }
+        Ok(fd)
+    }
+}
+
+impl From<OwnedFd> for PeerFd {
+    fn from(fd: OwnedFd) -> Self {
+        Self(Some(fd))
+    }
+}
+
+impl Drop for PeerFd {
+    fn drop(&mut self) {
+        let Some(fd) = self.0.take() else { return };
+        // SAFETY: no pointers are involved.
+        let is_pipe = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETPIPE_SZ) } >= 0;
+        if is_pipe || is_eventfd(&fd) || is_shared_memory(&fd) || forget_linger(&fd) {
+            return;
+        }
+        if CLOSING.fetch_add(1, Ordering::Relaxed) >= MAX_CLOSING {
+            CLOSING.fetch_sub(1, Ordering::Relaxed);
+            log::error!("{MAX_CLOSING} fds of front ends can't be closed; another one is left open");
+            std::mem::forget(fd);
+            return;
+        }
+        let closer = std::thread::Builder::new().name("vhu-close".into());
+        let spawned = closer.spawn(move || {
+            drop(fd);
+            CLOSING.fetch_sub(1, Ordering::Relaxed);
+        });
+        if spawned.is_err() {
+            // The closure, and the fd in it, are gone already.
+            CLOSING.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Whether a file is memory: only memfds and files in tmpfs and hugetlbfs have seals. Asks the kernel, not the file.
+fn is_shared_memory(fd: &OwnedFd) -> bool {
+    // SAFETY: no pointers are involved.
+    unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) >= 0 }
+}
+
+/// Whether a file is on one of the usual disk file systems. Looked up in /proc, since even `fstatfs` asks the server of a
+/// FUSE or network file system.
+fn is_on_local_disk(fd: &OwnedFd) -> bool {
+    const LOCAL: [&str; 8] = ["ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "bcachefs"];
+    let fdinfo = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap_or_default();
+    let Some(mount) = fdinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("mnt_id:"))
+        .map(str::trim)
+    else {
+        return false;
+    };
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mounts.lines().any(|line| {
+        let mut words = line.split(' ');
+        // The type of the file system is the first word behind the separator.
+        words.next() == Some(mount)
+            && words
+                .skip_while(|word| *word != "-")
+                .nth(1)
+                .is_some_and(|fs| LOCAL.contains(&fs))
+    })
+}
+
+/// For a socket: makes closing it immediate, and says true. Its peer could undo that only through another reference, and
+/// then ours is not the last and closing it does nothing.
+fn forget_linger(fd: &OwnedFd) -> bool {
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    // SAFETY: linger is a live local of the size given.
+    let ret = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_LINGER,
+            (&raw const linger).cast(),
+            size_of::<libc::linger>() as libc::socklen_t,
+        )
+    };
+    ret == 0
 }
 
 /// A close-on-exec, non-blocking eventfd of our own.

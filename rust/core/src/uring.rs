@@ -8,8 +8,8 @@ use io_uring::{cqueue, opcode, squeue, types, IoUring};
 
 use crate::device::IoOp;
 
-/// Completions nobody waits for.
-const IGNORE: u64 = u64::MAX;
+/// Bytes from which a transfer is large.
+const LARGE: u64 = 1 << 20;
 static ONE: u64 = 1;
 
 /// Submission and completion of asynchronous operations on one thread.
@@ -41,9 +41,9 @@ impl Uring {
 
     fn push(&mut self, entry: &squeue::Entry) {
         loop {
-            // SAFETY: buffers and fds of the operation outlive it: requests stay in their slot, and keep image and
-            // memory map, until the completion is reaped (runner.rs); call eventfds are submitted before any command
-            // that could close them is handled (worker.rs).
+            // SAFETY: buffers and fds of an operation outlive it: a runner keeps requests with their buffers, images
+            // and memory maps, and its call eventfd, until the completion has been reaped, and is itself kept until it
+            // waits for none (Runner::idle).
             let pushed = unsafe { self.ring.submission().push(entry) };
             if pushed.is_ok() {
                 self.queued += 1;
@@ -54,17 +54,21 @@ impl Uring {
     }
 
     /// Queues an operation; `user_data` comes back with its result.
+    ///
+    /// Large transfers go to the kernel's worker threads at once: out of the page cache they would be copied here and
+    /// now, and hold up everybody else this thread serves.
     pub fn queue(&mut self, op: &IoOp, user_data: u64) {
         let entry = match *op {
-            IoOp::Readv { fd, iov, count, offset } => {
-                opcode::Readv::new(types::Fd(fd), iov, count).offset(offset).build()
-            }
+            IoOp::Readv {
+                fd, iov, count, offset, ..
+            } => opcode::Readv::new(types::Fd(fd), iov, count).offset(offset).build(),
             IoOp::Writev {
                 fd,
                 iov,
                 count,
                 offset,
                 dsync,
+                ..
             } => opcode::Writev::new(types::Fd(fd), iov, count)
                 .offset(offset)
                 .rw_flags(if dsync { libc::RWF_DSYNC } else { 0 })
@@ -76,17 +80,30 @@ impl Uring {
                 .offset(offset)
                 .mode(mode)
                 .build(),
+            IoOp::Yield => opcode::Nop::new().build(),
         };
-        self.push(&entry.user_data(user_data));
+        let large = matches!(*op, IoOp::Readv { bytes, .. } | IoOp::Writev { bytes, .. } if bytes > LARGE);
+        let flags = if large {
+            squeue::Flags::ASYNC
+        } else {
+            squeue::Flags::empty()
+        };
+        self.push(&entry.flags(flags).user_data(user_data));
     }
 
-    /// Queues an interrupt: one is added to the call eventfd.
+    /// Queues an interrupt: one is added to the call eventfd. The fd must stay open until `user_data` comes back.
     ///
     /// Why not a plain write: the eventfd is the front end's, which can clear O_NONBLOCK and fill the counter; a
     /// write would then block this worker and every member it serves. io_uring waits elsewhere.
-    pub fn signal(&mut self, fd: RawFd) {
+    pub fn signal(&mut self, fd: RawFd, user_data: u64) {
         let entry = opcode::Write::new(types::Fd(fd), (&raw const ONE).cast(), 8).build();
-        self.push(&entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(IGNORE));
+        self.push(&entry.user_data(user_data));
+    }
+
+    /// Asks the kernel to give up on the operation `target`; it then completes with an error. The request to do so
+    /// completes as `user_data`.
+    pub fn cancel(&mut self, target: u64, user_data: u64) {
+        self.push(&opcode::AsyncCancel::new(target).build().user_data(user_data));
     }
 
     /// Hands what is queued to the kernel. Operations that can end at once have ended when this returns.
@@ -129,11 +146,21 @@ impl Uring {
 
     /// Moves what has completed to `done`, as (user data, result).
     pub fn reap(&mut self, done: &mut Vec<(u64, i32)>) {
-        let queue = self.ring.completion();
-        done.extend(
-            queue
-                .map(|entry: cqueue::Entry| (entry.user_data(), entry.result()))
-                .filter(|&(user_data, _)| user_data != IGNORE),
-        );
+        loop {
+            let before = done.len();
+            done.extend(
+                self.ring
+                    .completion()
+                    .map(|entry: cqueue::Entry| (entry.user_data(), entry.result())),
+            );
+            // More completions than the queue has room for wait in the kernel, which hands them over only when it is
+            // called for them.
+            if !self.ring.submission().cq_overflow() {
+                return;
+            }
+            if self.ring.submit().is_err() && done.len() == before {
+                return;
+            }
+        }
     }
 }

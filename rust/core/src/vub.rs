@@ -9,11 +9,12 @@
 //! protection against a memory file that is truncated, and requests of one kick are waited for together.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use vhost::vhost_user::{Listener, VhostUserProtocolFeatures};
 use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringRwLock, VringState, VringT};
@@ -26,6 +27,7 @@ use crate::error::{Error, Fault, Result};
 use crate::member::{feature, Member};
 use crate::memory::{MemoryMap, Region};
 use crate::ring::split::{AddressSpace, RingAddresses};
+use crate::ring::MAX_QUEUE_SIZE;
 use crate::runner::{QueueSetup, Runner};
 use crate::session::MAX_CONFIG;
 use crate::sys;
@@ -51,11 +53,15 @@ struct Origin {
 }
 
 struct State {
+    /// The connection has read the configuration.
+    config_read: bool,
     /// Made by the crate's worker when it first serves a ring: an io_uring belongs to one thread.
     uring: Option<Uring>,
     map: Arc<MemoryMap>,
     features: u64,
     runners: Vec<Option<(Origin, Runner)>>,
+    /// Exit events that vhost-user-backend 0.23 leaves open.
+    exit_fds: Vec<RawFd>,
     done: Vec<(u64, i32)>,
 }
 
@@ -76,10 +82,12 @@ impl Adapter {
             )));
         }
         let state = State {
+            config_read: false,
             uring: None,
             map: Arc::default(),
             features: 0,
             runners: (0..queues).map(|_| None).collect(),
+            exit_fds: Vec::new(),
             done: Vec::new(),
         };
         Ok(Arc::new(Self {
@@ -92,10 +100,12 @@ impl Adapter {
     fn serve(&self, index: u16, vring: &mut VringState<Memory>) -> std::result::Result<(), Fault> {
         let mut state = lock(&self.state);
         let State {
+            config_read: _,
             uring,
             map,
             features,
             runners,
+            exit_fds: _,
             done,
         } = &mut *state;
         let broken_ring = |e: io::Error| Fault::new("internal.io-uring", e.to_string());
@@ -143,12 +153,16 @@ impl Adapter {
         runner.stats().kicked();
         loop {
             runner.disable_notification();
-            let taken = runner.take(uring, 0);
+            let taken = runner.take(uring);
             while runner.in_flight() > 0 {
-                uring.wait().map_err(broken_ring)?;
+                if let Err(e) = uring.wait() {
+                    // The kernel may still write to the requests' buffers: they are left to it, with all they need.
+                    std::mem::forget(slot.take());
+                    return Err(broken_ring(e));
+                }
                 uring.reap(done);
-                for (slot, result) in done.drain(..) {
-                    runner.complete(slot as u16, result, uring, 0);
+                for (user_data, result) in done.drain(..) {
+                    runner.complete(user_data, result, uring);
                 }
             }
             let signal = runner.publish_quietly();
@@ -167,6 +181,15 @@ impl Adapter {
     }
 }
 
+impl Drop for Adapter {
+    fn drop(&mut self) {
+        // The daemon is gone, and with it everybody who knew these.
+        for fd in lock(&self.state).exit_fds.drain(..) {
+            drop(sys::PeerFd::adopt(fd));
+        }
+    }
+}
+
 impl VhostUserBackend for Adapter {
     type Bitmap = ();
     type Vring = Vring;
@@ -176,7 +199,7 @@ impl VhostUserBackend for Adapter {
     }
 
     fn max_queue_size(&self) -> usize {
-        usize::from(self.member.device().queue_size())
+        usize::from(MAX_QUEUE_SIZE)
     }
 
     fn features(&self) -> u64 {
@@ -210,6 +233,9 @@ impl VhostUserBackend for Adapter {
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         if offset.checked_add(size).is_none_or(|end| end > MAX_CONFIG) {
             return Vec::new();
+        }
+        if !std::mem::replace(&mut lock(&self.state).config_read, true) {
+            self.member.device().fresh();
         }
         let mut data = vec![0; size as usize];
         self.member.device().read_config(offset as usize, &mut data);
@@ -249,7 +275,10 @@ impl VhostUserBackend for Adapter {
 
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
         // Without one, dropping the daemon would wait for its worker for ever.
-        new_event_consumer_and_notifier(EventFlag::NONBLOCK).ok()
+        let (consumer, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).ok()?;
+        // The crate takes the raw fd out of the consumer and never closes it; see `Adapter::drop`.
+        lock(&self.state).exit_fds.push(consumer.as_raw_fd());
+        Some((consumer, notifier))
     }
 
     fn handle_event(&self, event: u16, _set: EventSet, vrings: &[Vring], _thread: usize) -> io::Result<()> {
@@ -332,6 +361,8 @@ impl Daemon {
                 }
                 if let Err(error) = self.serve_one(&mut listener) {
                     log::warn!("member {}: {error}", self.member.id());
+                    // The front end still waits, if it was not accepted; so as not to spin on whatever is wrong.
+                    std::thread::sleep(Duration::from_millis(200));
                 }
             }
         })();

@@ -34,6 +34,8 @@ const TOKEN_QUEUES: u64 = 2;
 pub const DEFAULT_WORKERS: usize = 4;
 /// How long closing the pool waits for requests in flight.
 pub const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the last interrupt of a stopping queue may take.
+const LINGER: Duration = Duration::from_millis(100);
 /// Turns without a look at epoll while queues are busy.
 const TURNS_PER_POLL: u32 = 8;
 
@@ -350,8 +352,10 @@ struct Queue {
     runner: Runner,
     kick: OwnedFd,
     enabled: bool,
-    /// Set once: the queue goes away when nothing is in flight any more.
-    stopping: Option<Completion>,
+    /// Not empty: the queue goes away when nothing is in flight any more, and tells all of these.
+    stopping: Vec<Completion>,
+    /// In `Worker::lingering`.
+    lingering: bool,
     /// In `Worker::ready`.
     ready: bool,
     /// In `Worker::touched`.
@@ -359,8 +363,13 @@ struct Queue {
 }
 
 impl Queue {
+    /// Whether it goes away as soon as nothing is in flight.
+    fn ending(&self, quit: bool) -> bool {
+        quit || !self.stopping.is_empty()
+    }
+
     fn may_take(&self) -> bool {
-        self.enabled && self.stopping.is_none() && !self.runner.suspended() && !self.owner.is_broken()
+        self.enabled && self.stopping.is_empty() && !self.runner.suspended() && !self.owner.is_broken()
     }
 }
 
@@ -379,6 +388,8 @@ struct Worker {
     ready: Vec<usize>,
     /// Queues with something to publish, or that may be done stopping.
     touched: Vec<usize>,
+    /// Stopping queues whose last interrupt doesn't get through: until when, index, key.
+    lingering: Vec<(Instant, usize, u64)>,
     tokens: Vec<u64>,
     done: Vec<(u64, i32)>,
     quit: bool,
@@ -408,6 +419,7 @@ impl Worker {
             keys: HashMap::new(),
             ready: Vec::new(),
             touched: Vec::new(),
+            lingering: Vec::new(),
             tokens: Vec::new(),
             done: Vec::new(),
             quit: false,
@@ -423,10 +435,11 @@ impl Worker {
             let idle = self.ready.is_empty() && self.touched.is_empty() && self.done.is_empty();
             if idle || turn.is_multiple_of(TURNS_PER_POLL) {
                 // A submission the kernel would not take is tried again soon.
-                let timeout = match (idle, self.uring.has_queued()) {
-                    (false, _) => 0,
-                    (true, true) => 1,
-                    (true, false) => -1,
+                let timeout = match (idle, self.uring.has_queued(), self.lingering.is_empty()) {
+                    (false, ..) => 0,
+                    (true, true, _) => 1,
+                    (true, false, false) => 10,
+                    (true, false, true) => -1,
                 };
                 self.poll(timeout);
             }
@@ -488,13 +501,7 @@ impl Worker {
             self.take(index);
         }
         self.uring.submit();
-        let mut done = std::mem::take(&mut self.done);
-        self.uring.reap(&mut done);
-        for &(user_data, result) in &done {
-            self.complete(user_data, result);
-        }
-        done.clear();
-        self.done = done;
+        self.reap();
         let mut touched = std::mem::take(&mut self.touched);
         for &index in &touched {
             self.settle(index);
@@ -503,8 +510,12 @@ impl Worker {
         if self.touched.is_empty() {
             self.touched = touched;
         }
-        // The interrupts, and what completions have started.
+        // The interrupts, and what completions have started. Interrupts end at once, as a rule.
         self.uring.submit();
+        self.reap();
+        if !self.lingering.is_empty() {
+            self.give_up();
+        }
         ready.retain(|&index| self.rest(index));
         // Queues woken meanwhile were pushed to self.ready.
         ready.append(&mut self.ready);
@@ -521,50 +532,95 @@ impl Worker {
         let uring = &mut self.uring;
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             queue.runner.disable_notification();
-            queue.runner.take(uring, tag(index))
+            queue.runner.take(uring)
         }));
         Self::judge(queue, outcome);
         self.touch(index);
     }
 
+    /// Moves completions from the kernel to their queues.
+    fn reap(&mut self) {
+        let mut done = std::mem::take(&mut self.done);
+        self.uring.reap(&mut done);
+        for (user_data, result) in done.drain(..) {
+            self.complete(user_data, result);
+        }
+        self.done = done;
+    }
+
     fn complete(&mut self, user_data: u64, result: i32) {
-        let index = (user_data >> 16) as usize;
-        let slot = (user_data & 0xffff) as u16;
+        let index = Runner::number_of(user_data);
         let Some(Some(queue)) = self.queues.get_mut(index) else {
             return;
         };
         let uring = &mut self.uring;
+        let before = queue.runner.in_flight();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            queue.runner.complete(slot, result, uring, tag(index));
+            queue.runner.complete(user_data, result, uring);
             Ok(0)
         }));
+        if outcome.is_err() {
+            queue.runner.abandon(before);
+        }
         Self::judge(queue, outcome);
-        self.touch(index);
-        // Slots are free again: a driver with more in flight than its ring holds may go on.
-        self.wake_queue(index);
+        if queue.runner.in_flight() != before {
+            // There is something to publish, and slots are free again: a driver with more in flight than its ring
+            // holds may go on.
+            self.touch(index);
+            self.wake_queue(index);
+        } else if queue.ending(self.quit) {
+            self.touch(index);
+        }
     }
 
     /// Publishes what a queue has done; ends it when it was stopping and nothing is left.
+    ///
+    /// A broken member's requests are still answered when they end: its position stays consistent, and whoever goes on
+    /// from there meets the same fault again instead of a hole.
     fn settle(&mut self, index: usize) {
+        let quit = self.quit;
         let Some(Some(queue)) = self.queues.get_mut(index) else {
             return;
         };
         queue.touched = false;
+        let uring = &mut self.uring;
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            queue.runner.publish(uring);
+            Ok(0)
+        }));
+        Self::judge(queue, outcome);
         if let Some(fault) = queue.runner.lost() {
             queue.owner.break_it(fault);
         }
-        // A broken member's ring is not touched any more: what was done is not acknowledged.
-        if !queue.owner.is_broken() {
-            let uring = &mut self.uring;
-            let outcome = catch_unwind(AssertUnwindSafe(|| {
-                queue.runner.publish(uring);
-                Ok(0)
-            }));
-            Self::judge(queue, outcome);
+        if queue.ending(quit) && queue.runner.in_flight() == 0 {
+            if queue.runner.idle() {
+                self.end(index);
+            } else if !queue.lingering {
+                // Its last interrupt is under way. That takes no time, unless the front end has filled its eventfd.
+                queue.lingering = true;
+                self.lingering.push((Instant::now() + LINGER, index, queue.key));
+            }
         }
-        if (queue.stopping.is_some() || self.quit) && queue.runner.in_flight() == 0 {
-            self.end(index);
-        }
+    }
+
+    /// Gives up interrupts of stopping queues that didn't get through.
+    fn give_up(&mut self) {
+        let now = Instant::now();
+        let mut lingering = std::mem::take(&mut self.lingering);
+        lingering.retain(|&(deadline, index, key)| {
+            let Some(Some(queue)) = self.queues.get_mut(index) else {
+                return false;
+            };
+            if queue.key != key {
+                return false;
+            }
+            if deadline <= now {
+                queue.runner.give_up(&mut self.uring);
+                return false;
+            }
+            true
+        });
+        self.lingering = lingering;
     }
 
     /// Decides whether a queue stays in `ready`: true when there is more to take.
@@ -599,19 +655,7 @@ impl Worker {
 
     fn handle_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
-            // What was queued before goes to the kernel first: commands may close the fds it names.
-            self.flush();
             self.handle(command);
-        }
-    }
-
-    /// Submits until nothing is queued: a full completion queue is emptied (into `done`, for the next turn) if that is
-    /// what it takes.
-    fn flush(&mut self) {
-        self.uring.submit();
-        while self.uring.has_queued() {
-            self.uring.reap(&mut self.done);
-            self.uring.submit();
         }
     }
 
@@ -629,7 +673,7 @@ impl Worker {
             Command::Start(key, start) => self.begin(key, *start),
             Command::Stop(key, done) => {
                 if let Some((index, queue)) = self.queue(key) {
-                    queue.stopping = Some(done);
+                    queue.stopping.push(done);
                     self.touch(index);
                 }
             }
@@ -662,7 +706,9 @@ impl Worker {
             }
             Command::SetMemory(key, map, _done) => {
                 if let Some((index, queue)) = self.queue(key) {
-                    queue.runner.set_memory(map);
+                    if let Err(fault) = queue.runner.set_memory(map) {
+                        queue.owner.break_it(fault);
+                    }
                     self.wake_queue(index);
                 }
             }
@@ -671,16 +717,18 @@ impl Worker {
                 for index in 0..self.queues.len() {
                     if let Some(Some(queue)) = self.queues.get_mut(index) {
                         queue.enabled = false;
-                        if queue.runner.in_flight() == 0 {
-                            self.end(index);
-                        }
                     }
+                    self.touch(index);
                 }
             }
         }
     }
 
-    fn begin(&mut self, key: u64, start: Start) {
+    fn begin(&mut self, key: u64, mut start: Start) {
+        if self.quit {
+            self.stats.queues.fetch_sub(1, Ordering::Relaxed);
+            return;
+        }
         let index = self.free.pop().unwrap_or_else(|| {
             self.queues.push(None);
             self.queues.len() - 1
@@ -688,6 +736,7 @@ impl Worker {
         if let Err(e) = self.epoll.add_edge(start.kick.as_raw_fd(), TOKEN_QUEUES + index as u64) {
             start.owner.break_it(kick_fault(start.runner.index(), &e));
         }
+        start.runner.set_tag(index);
         self.keys.insert(key, index);
         self.queues[index] = Some(Box::new(Queue {
             key,
@@ -695,7 +744,8 @@ impl Worker {
             runner: start.runner,
             kick: start.kick,
             enabled: start.enabled,
-            stopping: None,
+            stopping: Vec::new(),
+            lingering: false,
             ready: false,
             touched: false,
         }));
@@ -705,8 +755,6 @@ impl Worker {
     }
 
     fn end(&mut self, index: usize) {
-        // Interrupts of this queue are on their way to the kernel before its call fd is closed.
-        self.flush();
         if let Some(queue) = self.queues[index].take() {
             self.epoll.remove(queue.kick.as_raw_fd());
             self.keys.remove(&queue.key);
@@ -718,10 +766,6 @@ impl Worker {
             drop(stopping);
         }
     }
-}
-
-fn tag(index: usize) -> u64 {
-    (index as u64) << 16
 }
 
 fn kick_fault(queue: u16, error: &std::io::Error) -> Fault {

@@ -103,13 +103,13 @@ impl Bench {
     }
 
     fn run(&mut self) {
-        self.runner.take(&mut self.uring, 0).unwrap();
+        self.runner.take(&mut self.uring).unwrap();
         let mut done = Vec::new();
         while self.runner.in_flight() > 0 {
             self.uring.wait().unwrap();
             self.uring.reap(&mut done);
-            for (slot, result) in done.drain(..) {
-                self.runner.complete(slot as u16, result, &mut self.uring, 0);
+            for (user_data, result) in done.drain(..) {
+                self.runner.complete(user_data, result, &mut self.uring);
             }
         }
         self.runner.publish_quietly();
@@ -265,6 +265,11 @@ fn refusals() {
         "barrier, which was never offered"
     );
     assert_eq!(bench.request(8, 0, &[], 19), (1, 0), "too little room for the serial");
+    assert_eq!(
+        bench.request(1, 8, &sector, 3),
+        (1, 0),
+        "a write with room for an answer: its first byte is not written"
+    );
     assert_eq!(disk.read(0, 8 * 512), content, "nothing of this may touch the disk");
     assert_eq!(bench.request(0, 0, &[], 0), (0, 1), "no sectors at all is fine");
 }
@@ -281,7 +286,7 @@ fn unanswerable_requests_are_faults() {
     let fault = |build: fn(&Guest, &mut Ring)| {
         let mut bench = Bench::new("null:4096", false, WCE);
         build(&bench.guest, &mut bench.ring);
-        bench.runner.take(&mut bench.uring, 0).unwrap_err().rule
+        bench.runner.take(&mut bench.uring).unwrap_err().rule
     };
     let short = fault(|guest, ring| {
         ring.descriptor(guest, 0, DATA, 15, NEXT, 1);
@@ -393,7 +398,7 @@ fn configuration() {
     assert!(bench.blk.write_config(0, &whole).unwrap());
     assert!(bench.blk.writeback());
     assert!(bench.blk.write_config(32, &[0]).unwrap());
-    bench.blk.reset();
+    bench.blk.fresh();
     assert!(bench.blk.writeback());
 }
 

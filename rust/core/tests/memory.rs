@@ -5,16 +5,18 @@
 
 mod common;
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use common::{memfd, Guest, USER};
+use common::{memfd, peer, Guest, USER};
 use vhu_core::memory::{Buffers, MappingCache, MemoryMap};
+use vhu_core::sys::PeerFd;
 
 #[test]
 fn regions_are_checked() {
     let cache = MappingCache::default();
-    let fd = OwnedFd::from(memfd(0x10000));
+    let fd = peer(&memfd(0x10000));
     let rule = |guest, size, user, offset| {
         cache
             .region(&fd, guest, size, user, offset)
@@ -29,7 +31,7 @@ fn regions_are_checked() {
     assert_eq!(rule(0, 0x10001, 0, 0), Some("memory.fd-short"));
     assert_eq!(rule(0, 0x1000, 0, 0xf001), Some("memory.fd-short"));
     let (reader, _writer) = std::io::pipe().unwrap();
-    let pipe = OwnedFd::from(reader);
+    let pipe = PeerFd::from(OwnedFd::from(reader));
     assert_eq!(
         cache.region(&pipe, 0, 4096, 0, 0).err().map(|f| f.rule),
         Some("memory.fd-kind")
@@ -39,7 +41,7 @@ fn regions_are_checked() {
 #[test]
 fn overlaps_and_removal() {
     let cache = MappingCache::default();
-    let fd = OwnedFd::from(memfd(0x10000));
+    let fd = peer(&memfd(0x10000));
     let region = |guest, size, user| cache.region(&fd, guest, size, user, 0).unwrap();
     let map = MemoryMap::default().with(region(0x1000, 0x1000, USER)).unwrap();
     let rule = |guest, size, user| map.with(region(guest, size, user)).err().map(|fault| fault.rule);
@@ -56,8 +58,8 @@ fn overlaps_and_removal() {
 #[test]
 fn one_file_is_mapped_once() {
     let cache = MappingCache::default();
-    let fd = OwnedFd::from(memfd(0x4000));
-    let other = fd.try_clone().unwrap();
+    let fd = peer(&memfd(0x4000));
+    let other = fd.memory_file().unwrap().try_clone().unwrap().into();
     let a = cache.region(&fd, 0, 0x4000, 0, 0).unwrap();
     let b = cache.region(&other, 0x10_0000, 0x4000, USER, 0).unwrap();
     assert_eq!(cache.len(), 1);
@@ -70,7 +72,7 @@ fn one_file_is_mapped_once() {
 #[test]
 fn a_buffer_may_cross_regions() {
     let cache = MappingCache::default();
-    let (low, high) = (OwnedFd::from(memfd(0x1000)), OwnedFd::from(memfd(0x2000)));
+    let (low, high) = (peer(&memfd(0x1000)), peer(&memfd(0x2000)));
     let map = MemoryMap::default()
         .with(cache.region(&low, 0x1000, 0x1000, 0, 0).unwrap())
         .unwrap()
@@ -129,8 +131,52 @@ fn a_truncated_file_is_survived_and_noticed() {
     assert!(!other.map.lost(), "another file's mapping is not concerned");
     // The same file, whole again, is mapped afresh: the lost mapping isn't handed out any more.
     guest.file.set_len(0x10000).unwrap();
-    let fd = OwnedFd::from(guest.file.try_clone().unwrap());
+    let fd = peer(&guest.file);
     let region = guest.cache.region(&fd, 0, 0x10000, 0, 0).unwrap();
     let map = Arc::new(MemoryMap::default().with(region).unwrap());
     assert!(!map.lost() && guest.map.lost());
+}
+
+#[test]
+fn only_files_that_can_be_memory_are_memory() {
+    let cache = MappingCache::default();
+    let rule = |fd: PeerFd| cache.region(&fd, 0, 4096, 0, 0).err().map(|fault| fault.rule);
+    assert_eq!(
+        rule(peer(&File::open("/proc/self/maps").unwrap())),
+        Some("memory.fd-kind")
+    );
+    assert_eq!(
+        rule(OwnedFd::from(std::os::unix::net::UnixStream::pair().unwrap().0).into()),
+        Some("memory.fd-kind")
+    );
+    // A read-only fd gets no mapping, not even one that is there already.
+    let file = memfd(0x1000);
+    let _mapped = cache.region(&peer(&file), 0, 0x1000, 0, 0).unwrap();
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    assert_eq!(rule(peer(&File::open(path).unwrap())), Some("memory.fd-kind"));
+}
+
+#[test]
+fn closing_a_strange_fd_does_not_wait() {
+    // A TCP socket with data nobody takes and SO_LINGER set would keep us here for its ten seconds.
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let _peer = listener.accept().unwrap();
+    stream.set_nonblocking(true).unwrap();
+    while stream.write(&[0; 65536]).is_ok() {}
+    stream.set_nonblocking(false).unwrap();
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 10,
+    };
+    let size = size_of::<libc::linger>() as libc::socklen_t;
+    let value = (&raw const linger).cast();
+    // SAFETY: linger is a live local of the size given.
+    let ret = unsafe { libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, value, size) };
+    assert_eq!(ret, 0);
+    let begin = std::time::Instant::now();
+    drop(PeerFd::from(OwnedFd::from(stream)));
+    assert!(begin.elapsed().as_secs() < 5);
 }

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{memfd, Guest, Ring, NEXT, USER, WRITE};
+use common::{memfd, peer, Guest, Ring, NEXT, USER, WRITE};
 use vhu_core::device::blk::{Blk, BlkOptions};
 use vhu_core::device::image::Image;
 use vhu_core::event::Event;
@@ -65,7 +65,7 @@ impl Bed {
     }
 
     fn region(&self) -> Region {
-        let fd = OwnedFd::from(self.guest.file.try_clone().unwrap());
+        let fd = peer(&self.guest.file);
         self.pool.mappings().region(&fd, BASE, SIZE, BASE + USER, 0).unwrap()
     }
 

@@ -24,5 +24,5 @@ mod _native {
     #[pymodule_export]
     use crate::pool::Pool;
     #[pymodule_export]
-    use crate::session::{Outcome, Session};
+    use crate::session::{discard, Outcome, Session};
 }

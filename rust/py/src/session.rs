@@ -7,7 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use vhu_core::error::Fault;
-use vhu_core::{session, sys};
+use vhu_core::session;
+use vhu_core::sys::PeerFd;
 
 use crate::error::{fault_to_py, to_py};
 use crate::member::Member;
@@ -99,7 +100,7 @@ impl Session {
 
     fn handle(&self, py: Python<'_>, header: &[u8], payload: &[u8], fds: Vec<RawFd>) -> PyResult<Outcome> {
         // Adopted before anything can fail: they are ours whatever happens.
-        let fds: Vec<OwnedFd> = fds.into_iter().filter_map(sys::adopt).collect();
+        let fds = fds.into_iter().filter_map(PeerFd::adopt).collect();
         let header = header_of(py, header)?;
         Ok(Outcome::new(py, self.lock().handle(&header, payload, fds)))
     }
@@ -126,6 +127,12 @@ impl Session {
     fn detach(&self) -> Option<u64> {
         self.lock().detach()
     }
+}
+
+/// Closes fds that came from a front end, without ever waiting for it.
+#[pyfunction]
+pub fn discard(fds: Vec<RawFd>) {
+    drop(fds.into_iter().filter_map(PeerFd::adopt).collect::<Vec<_>>());
 }
 
 /// Rules that only the owner of the socket can see broken. Rules are static names, so that the set stays a known one.

@@ -52,6 +52,10 @@ const S_UNSUPP: u8 = 2;
 const HEADER: usize = 16;
 const ID_BYTES: usize = 20;
 const SEGMENT: usize = 16;
+/// Bytes copied to or from memory at a stretch.
+const CHUNK: u64 = 1 << 20;
+/// Pieces of one readv or writev (the kernel's UIO_MAXIOV).
+const IOV_MAX: usize = 1024;
 /// Segments of one discard or write-zeroes request.
 const MAX_SEGMENTS: u32 = 32;
 /// Sectors of one discard segment: 2 GiB less one sector.
@@ -110,6 +114,8 @@ mod step {
     pub const ZEROES: u32 = 2;
     /// The last operation; its result is the request's.
     pub const LAST: u32 = 3;
+    /// Copying to or from memory, piece by piece.
+    pub const COPY: u32 = 4;
 }
 
 /// Zeroes to write where a file system has no fallocate for it.
@@ -229,28 +235,37 @@ impl Blk {
             None => old.read_only && !ro && old.fd().is_some(),
         };
         let capacity = old.size();
+        let fail = |reason: &str| {
+            Err(Error::Image {
+                spec: old.spec.clone(),
+                reason: reason.into(),
+            })
+        };
+        if size.is_some_and(|size| !size.is_multiple_of(u64::from(self.options.blk_size))) {
+            return fail("the new size is not a multiple of blk_size");
+        }
         if reopen {
-            let new = Image::open_after(image.unwrap_or(&old.spec), ro, Some(&old))?;
-            if let Some(size) = size {
-                new.resize(size)?;
-            }
-            self.check_blocks(&new)?;
-            old.sync()?;
+            let spec = image.unwrap_or(&old.spec);
+            let new = Image::open_after(spec, ro, Some(&old)).and_then(|new| {
+                // Resizing comes last: whatever is refused before leaves the file as it is.
+                self.check_blocks(&new)?;
+                size.map_or(Ok(()), |size| new.resize(size))?;
+                Ok(new)
+            });
+            let new = match new {
+                Ok(new) => new,
+                Err(error) => {
+                    // The new opening, gone by now, may have taken over the lock.
+                    old.lock_again();
+                    return Err(error);
+                }
+            };
             self.image.store(Arc::new(new));
+            // What was acknowledged on the old image and not flushed yet. Requests in flight may still add to it.
+            old.sync()?;
         } else if let Some(size) = size {
-            if !size.is_multiple_of(u64::from(self.options.blk_size)) {
-                let reason = format!("size of {size} bytes is not a multiple of blk_size");
-                return Err(Error::Image {
-                    spec: old.spec.clone(),
-                    reason,
-                });
-            }
             if ro && old.kind() == "file" {
-                let reason = "a read-only image can't be resized".into();
-                return Err(Error::Image {
-                    spec: old.spec.clone(),
-                    reason,
-                });
+                return fail("a read-only image can't be resized");
             }
             old.resize(size)?;
         }
@@ -258,13 +273,10 @@ impl Blk {
         Ok(self.image.load().size() != capacity || ro_changed)
     }
 
-    /// Whether a completed write must be on stable storage (virtio 1.4, 5.2.6.2).
+    /// Whether a completed write must be on stable storage (virtio 1.4, 5.2.6.2). A driver that can't flush can never ask
+    /// for it later.
     fn write_through(&self, features: u64) -> bool {
-        if features & feature::CONFIG_WCE != 0 {
-            !self.writeback()
-        } else {
-            features & feature::FLUSH == 0
-        }
+        features & feature::FLUSH == 0 || (features & feature::CONFIG_WCE != 0 && !self.writeback())
     }
 
     fn config(&self) -> [u8; CONFIG_SIZE] {
@@ -296,20 +308,23 @@ impl Blk {
         config
     }
 
-    /// Ends a request: status byte, counters. `written` counts what precedes the status byte.
+    /// Ends a request: status byte, counters, used length.
     fn finish(&self, scratch: &mut Scratch, context: &QueueContext<'_>, status: u8) -> Step {
         if let Some(byte) = scratch.status.take() {
             byte.set(status);
         }
         scratch.keep = None;
-        if status == S_OK {
-            // Data and status are contiguous from the start of the writable part.
-            return Step::Done(scratch.written.saturating_add(1));
+        if status != S_OK {
+            context.counters.add(counter::FAILED, 1);
+            scratch.written = 0;
         }
-        context.counters.add(counter::FAILED, 1);
-        // The used length counts bytes from the start: when a data part before the status was not written, that is
-        // none at all.
-        Step::Done(u32::from(scratch.written == 0))
+        // The used length counts bytes written from the start of the writable part; the status byte, its last, belongs
+        // to them only when nothing before it was left out.
+        Step::Done(
+            scratch
+                .written
+                .saturating_add(u32::from(scratch.written == scratch.room)),
+        )
     }
 
     /// A range of the disk, if it is one: in whole sectors, inside the image.
@@ -322,35 +337,14 @@ impl Blk {
     fn start_in(&self, request: &mut Request, context: &QueueContext<'_>, sector: u64) -> Step {
         let len = request.chain.writable.len();
         let scratch = &mut request.scratch;
-        // Chains are shorter than 4 GiB (ring.total-length).
-        scratch.written = len as u32;
+        scratch.written = scratch.room;
         context.counters.add(counter::IN, 1);
         let image = self.image.load();
         let Some(offset) = Self::range(&image, sector, len) else {
             return self.finish(scratch, context, S_IOERR);
         };
         context.counters.add(counter::BYTES_READ, len);
-        match &image.storage {
-            Storage::Ram(ram) => match ram.at(offset, len) {
-                Some(src) => {
-                    // SAFETY: `at` vouches for len bytes, the length of the buffers.
-                    unsafe { request.chain.writable.copy_in(src) };
-                    self.finish(scratch, context, S_OK)
-                }
-                None => self.finish(scratch, context, S_IOERR),
-            },
-            Storage::Null => {
-                request.chain.writable.zero();
-                self.finish(scratch, context, S_OK)
-            }
-            Storage::File(_) if len == 0 => self.finish(scratch, context, S_OK),
-            Storage::File(_) => {
-                scratch.offset = offset;
-                scratch.left = len;
-                scratch.keep = Some(Arc::clone(&image) as _);
-                self.data_op(request, context, &image)
-            }
-        }
+        self.begin_data(request, context, &image, offset, len)
     }
 
     fn start_out(&self, request: &mut Request, context: &QueueContext<'_>, sector: u64) -> Step {
@@ -365,24 +359,73 @@ impl Blk {
             return self.finish(scratch, context, S_IOERR);
         };
         context.counters.add(counter::BYTES_WRITTEN, len);
+        self.begin_data(request, context, &image, offset, len)
+    }
+
+    /// Moves the data of a request whose range has been checked.
+    fn begin_data(
+        &self,
+        request: &mut Request,
+        context: &QueueContext<'_>,
+        image: &Arc<Image>,
+        offset: u64,
+        len: u64,
+    ) -> Step {
+        if len == 0 {
+            return self.finish(&mut request.scratch, context, S_OK);
+        }
+        request.scratch.offset = offset;
+        request.scratch.left = len;
         match &image.storage {
-            Storage::Ram(ram) => match ram.at(offset, len) {
-                Some(dst) => {
-                    // SAFETY: `at` vouches for len bytes, the length of the buffers.
-                    unsafe { request.chain.readable.copy_out(dst) };
-                    self.finish(scratch, context, S_OK)
-                }
-                None => self.finish(scratch, context, S_IOERR),
-            },
-            Storage::Null => self.finish(scratch, context, S_OK),
-            Storage::File(_) if len == 0 => self.finish(scratch, context, S_OK),
             Storage::File(_) => {
-                scratch.offset = offset;
-                scratch.left = len;
-                scratch.keep = Some(Arc::clone(&image) as _);
-                self.data_op(request, context, &image)
+                request.scratch.keep = Some(Arc::clone(image) as _);
+                self.data_op(request, context, image)
+            }
+            _ if len <= CHUNK => self.copy_op(request, context, image),
+            // Long copies are made in pieces, so that others get their turn; the image must stay meanwhile.
+            _ => {
+                request.scratch.keep = Some(Arc::clone(image) as _);
+                self.copy_op(request, context, image)
             }
         }
+    }
+
+    /// Copies the next piece to or from an image in memory.
+    fn copy_op(&self, request: &mut Request, context: &QueueContext<'_>, image: &Image) -> Step {
+        let scratch = &mut request.scratch;
+        let reading = scratch.kind == T_IN;
+        let buffers = if reading {
+            &mut request.chain.writable
+        } else {
+            &mut request.chain.readable
+        };
+        let piece = scratch.left.min(CHUNK);
+        match &image.storage {
+            Storage::Ram(ram) => {
+                let Some(place) = ram.at(scratch.offset, piece) else {
+                    return self.finish(scratch, context, S_IOERR);
+                };
+                // SAFETY: `at` vouches for `piece` bytes, as many as are copied at most.
+                unsafe {
+                    if reading {
+                        buffers.copy_in(place, piece);
+                    } else {
+                        buffers.copy_out(place, piece);
+                    }
+                }
+            }
+            Storage::Null if reading => buffers.zero(piece),
+            Storage::Null => {}
+            Storage::File(_) => return self.finish(scratch, context, S_IOERR),
+        }
+        scratch.left -= piece;
+        if scratch.left == 0 {
+            return self.finish(scratch, context, S_OK);
+        }
+        scratch.offset += piece;
+        buffers.trim_front(piece);
+        scratch.step = step::COPY;
+        Step::Io(IoOp::Yield)
     }
 
     /// The next read or write of a data request. Only file images come here.
@@ -398,9 +441,17 @@ impl Blk {
             &request.chain.readable
         };
         let iovecs = buffers.iovecs();
-        let (iov, count, offset) = (iovecs.as_ptr(), iovecs.len() as u32, scratch.offset);
+        // The kernel takes so many at once; the rest follows as after a short transfer.
+        let count = iovecs.len().min(IOV_MAX) as u32;
+        let (iov, offset, bytes) = (iovecs.as_ptr(), scratch.offset, scratch.left);
         if scratch.kind == T_IN {
-            Step::Io(IoOp::Readv { fd, iov, count, offset })
+            Step::Io(IoOp::Readv {
+                fd,
+                iov,
+                count,
+                offset,
+                bytes,
+            })
         } else {
             let dsync = self.write_through(context.driver_features);
             Step::Io(IoOp::Writev {
@@ -409,6 +460,7 @@ impl Blk {
                 count,
                 offset,
                 dsync,
+                bytes,
             })
         }
     }
@@ -432,16 +484,11 @@ impl Blk {
         let room = request.chain.writable.len();
         let scratch = &mut request.scratch;
         if room < ID_BYTES as u64 {
-            scratch.written = room as u32;
             return self.finish(scratch, context, S_IOERR);
         }
+        // A longer buffer is left as it is beyond the 20 bytes.
         scratch.written = request.chain.writable.write(&self.serial) as u32;
-        // A longer buffer is left as it is beyond the 20 bytes; the status behind it can't be counted then.
-        let exact = room == ID_BYTES as u64;
-        match self.finish(scratch, context, S_OK) {
-            Step::Done(n) if !exact => Step::Done(n - 1),
-            step => step,
-        }
+        self.finish(scratch, context, S_OK)
     }
 
     /// Parses the segments of a discard or write-zeroes request, or says the status to refuse it with.
@@ -503,23 +550,25 @@ impl Blk {
             return self.finish(&mut request.scratch, context, status);
         }
         match &image.storage {
-            Storage::Ram(ram) => {
-                for segment in &request.scratch.segments {
-                    ram.zero(segment.offset, segment.len);
-                }
-                self.finish(&mut request.scratch, context, S_OK)
-            }
             Storage::Null => self.finish(&mut request.scratch, context, S_OK),
-            Storage::File(_) => {
+            Storage::Ram(_) | Storage::File(_) => {
                 request.scratch.keep = Some(Arc::clone(&image) as _);
                 self.segment_op(request, context, &image)
             }
         }
     }
 
-    /// The next segment, or the sync that a write-through disk owes at the end. Only file images come here.
+    /// The next segment, or the sync that a write-through disk owes at the end.
     fn segment_op(&self, request: &mut Request, context: &QueueContext<'_>, image: &Image) -> Step {
         let scratch = &mut request.scratch;
+        if let Storage::Ram(ram) = &image.storage {
+            let Some(segment) = scratch.segments.last() else {
+                return self.finish(scratch, context, S_OK);
+            };
+            ram.zero(segment.offset, segment.len);
+            scratch.step = step::SEGMENTS;
+            return Step::Io(IoOp::Yield);
+        }
         let Some(fd) = image.fd() else {
             return self.finish(scratch, context, S_IOERR);
         };
@@ -556,7 +605,8 @@ impl Blk {
         }
         scratch.step = step::ZEROES;
         let source = zeroes();
-        let mut room = scratch.left.min(16 * source.len() as u64);
+        let bytes = scratch.left.min(16 * source.len() as u64);
+        let mut room = bytes;
         scratch.iov.0.clear();
         while room > 0 {
             let len = room.min(source.len() as u64);
@@ -573,6 +623,7 @@ impl Blk {
             count,
             offset: scratch.offset,
             dsync: false,
+            bytes,
         })
     }
 
@@ -628,18 +679,24 @@ impl Device for Blk {
     }
 
     fn features(&self) -> u64 {
-        let always = feature::SEG_MAX
+        let absent = if self.read_only() {
+            feature::DISCARD | feature::WRITE_ZEROES
+        } else {
+            feature::RO
+        };
+        self.known_features() & !absent
+    }
+
+    fn known_features(&self) -> u64 {
+        feature::SEG_MAX
+            | feature::RO
             | feature::BLK_SIZE
             | feature::FLUSH
             | feature::TOPOLOGY
             | feature::CONFIG_WCE
-            | feature::MQ;
-        always
-            | if self.read_only() {
-                feature::RO
-            } else {
-                feature::DISCARD | feature::WRITE_ZEROES
-            }
+            | feature::MQ
+            | feature::DISCARD
+            | feature::WRITE_ZEROES
     }
 
     fn queues(&self) -> u16 {
@@ -689,7 +746,7 @@ impl Device for Blk {
         Ok(changed)
     }
 
-    fn reset(&self) {
+    fn fresh(&self) {
         self.writeback.store(1, Ordering::Relaxed);
     }
 
@@ -711,6 +768,8 @@ impl Device for Blk {
         };
         let scratch = &mut request.scratch;
         scratch.status = Some(status);
+        // Chains are shorter than 4 GiB (ring.total-length).
+        scratch.room = chain.writable.len() as u32;
         scratch.kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
         // Bytes 4 to 7 are the legacy I/O priority: a hint.
         let mut sector = [0u8; 8];
@@ -724,7 +783,6 @@ impl Device for Blk {
             T_DISCARD | T_WRITE_ZEROES => self.start_segments(request, context),
             _ => {
                 context.counters.add(counter::UNSUPPORTED, 1);
-                scratch.written = request.chain.writable.len().min(u64::from(u32::MAX)) as u32;
                 self.finish(scratch, context, S_UNSUPP)
             }
         })
@@ -751,6 +809,7 @@ impl Device for Blk {
                 request.scratch.left = request.scratch.left.saturating_sub(n);
                 self.zeroes_op(request, context, &image)
             }
+            (step::COPY, _) => self.copy_op(request, context, &image),
             (step::LAST, Ok(_)) => self.finish(&mut request.scratch, context, S_OK),
             _ => self.finish(&mut request.scratch, context, S_IOERR),
         }

@@ -3,7 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -138,6 +138,11 @@ impl Image {
         } else if let Some(text) = spec.strip_prefix("null:") {
             (Storage::Null, sized(text)?)
         } else {
+            // Before opening: opening a FIFO would wait for its other end.
+            let kind = std::fs::metadata(spec).map_err(|e| fail(e.to_string()))?.file_type();
+            if !kind.is_file() && !kind.is_block_device() {
+                return Err(fail("neither a regular file nor a block device".into()));
+            }
             let file = OpenOptions::new()
                 .read(true)
                 .write(!read_only)
@@ -175,6 +180,15 @@ impl Image {
         };
         let (a, b) = (sys::file_info(ours.as_fd()).ok()?, sys::file_info(file.as_fd()).ok()?);
         (a.dev == b.dev && a.ino == b.ino).then_some(ours)
+    }
+
+    /// Takes the lock again that a failed replacement may have taken over.
+    pub fn lock_again(&self) {
+        if let Storage::File(file) = &self.storage {
+            if !matches!(sys::try_lock(file, !self.read_only), Ok(true)) {
+                log::error!("image {}: its lock was lost to somebody else", self.spec);
+            }
+        }
     }
 
     /// Size in bytes.

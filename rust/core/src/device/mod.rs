@@ -62,7 +62,9 @@ pub struct Scratch {
     pub offset: u64,
     /// Bytes left to do.
     pub left: u64,
-    /// Bytes to report as written when it succeeds.
+    /// Bytes of the writable part before the status byte.
+    pub room: u32,
+    /// Bytes written from its start, when the request succeeds.
     pub written: u32,
     /// Where the status byte goes.
     pub status: Option<LastByte>,
@@ -81,6 +83,7 @@ impl Scratch {
         self.step = 0;
         self.offset = 0;
         self.left = 0;
+        self.room = 0;
         self.written = 0;
         self.status = None;
         self.keep = None;
@@ -121,6 +124,8 @@ pub enum IoOp {
         count: u32,
         /// Position in the file.
         offset: u64,
+        /// Bytes.
+        bytes: u64,
     },
     /// Write from a scatter list; `dsync`: on stable storage before it completes.
     Writev {
@@ -134,6 +139,8 @@ pub enum IoOp {
         offset: u64,
         /// RWF_DSYNC.
         dsync: bool,
+        /// Bytes.
+        bytes: u64,
     },
     /// fdatasync.
     Fdatasync {
@@ -151,6 +158,8 @@ pub enum IoOp {
         /// Length in bytes.
         len: u64,
     },
+    /// Nothing: others get their turn, then the request goes on.
+    Yield,
 }
 
 /// What becomes of a request after a step.
@@ -173,6 +182,9 @@ pub trait Device: Send + Sync {
     fn device_id(&self) -> u32;
     /// Device-type feature bits offered at the moment.
     fn features(&self) -> u64;
+    /// All feature bits the device may offer at one time or another. A front end that has negotiated once repeats what
+    /// its driver accepted, also after the offer has changed (an image made read-only).
+    fn known_features(&self) -> u64;
     /// Number of queues.
     fn queues(&self) -> u16;
     /// Largest queue size.
@@ -184,8 +196,10 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// `config.*` when the field can't be written; nothing has changed then.
     fn write_config(&self, offset: usize, data: &[u8]) -> Result<bool, Fault>;
-    /// Back to the state after power-up, as far as a driver can see.
-    fn reset(&self);
+    /// A front end reads the configuration for the first time: what an earlier driver has changed goes back to the
+    /// state after power-up. Not at a device reset: QEMU keeps its copy of the configuration over resets and
+    /// reconnections, so the two would disagree.
+    fn fresh(&self);
     /// Begins a request.
     ///
     /// # Errors

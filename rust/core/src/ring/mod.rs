@@ -9,7 +9,24 @@ pub mod split;
 use crate::error::Fault;
 use crate::memory::Buffers;
 
-/// Largest queue a member can be given. One iovec per descriptor has to fit the kernel's IOV_MAX.
+/// Transport and ring feature bits.
+pub mod feature {
+    /// Interrupt when the available ring runs empty; legacy only.
+    pub const NOTIFY_ON_EMPTY: u64 = 1 << 24;
+    /// Any descriptor framing; implied by VERSION_1.
+    pub const ANY_LAYOUT: u64 = 1 << 27;
+    /// Indirect descriptor tables.
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    /// used_event and avail_event.
+    pub const EVENT_IDX: u64 = 1 << 29;
+    /// vhost-user only, never seen by a driver.
+    pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+    /// virtio 1.0 and later; a driver that doesn't accept it is a legacy driver.
+    pub const VERSION_1: u64 = 1 << 32;
+}
+
+/// Largest queue of any member. A front end may choose any size up to this over vhost-user, whatever the member's own
+/// queue_size says: QEMU 10.0 makes every vhost-user-blk queue 1024 entries large.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
 /// One request as the driver built it: the head that names it in the used ring, and its buffers.

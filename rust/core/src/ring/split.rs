@@ -276,6 +276,11 @@ impl SplitRing {
         Ok(true)
     }
 
+    /// Puts the chain that was popped last back.
+    pub fn undo_pop(&mut self) {
+        self.next_avail = self.next_avail.wrapping_sub(1);
+    }
+
     fn walk(&mut self, map: &Arc<MemoryMap>, chain: &mut Chain) -> Result<(), Fault> {
         let mut index = chain.head;
         // Descriptors seen, in the ring's own table first. A chain can't be longer than the table without visiting

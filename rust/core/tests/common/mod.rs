@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use vhu_core::memory::{MappingCache, MemoryMap};
 use vhu_core::ring::split::RingAddresses;
+use vhu_core::sys::PeerFd;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -52,6 +53,11 @@ pub struct Guest {
 
 pub const USER: u64 = 0x7f00_0000_0000;
 
+/// A file as a front end hands it over.
+pub fn peer(file: &File) -> PeerFd {
+    OwnedFd::from(file.try_clone().unwrap()).into()
+}
+
 pub fn memfd(size: u64) -> File {
     // SAFETY: a literal name; the fd is new and nobody else's.
     let file = unsafe {
@@ -67,7 +73,7 @@ impl Guest {
     pub fn new(base: u64, size: u64) -> Self {
         let file = memfd(size);
         let cache = MappingCache::default();
-        let fd = OwnedFd::from(file.try_clone().unwrap());
+        let fd = peer(&file);
         let region = cache.region(&fd, base, size, base + USER, 0).unwrap();
         let map = Arc::new(MemoryMap::default().with(region).unwrap());
         Self {

@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The command line, as a user runs it: real processes, real sockets, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vhu_legacy.cli import size_text
+
+MIB = 1 << 20
+VHU = [sys.executable, "-m", "vhu_legacy"]
+GROUP = """
+    [group]
+    name = "demo"
+
+    [[members]]
+    count = 2
+    type = "blk"
+    image = "disk{n}.raw"
+
+    [[members]]
+    type = "blk"
+    image = "null:1GiB"
+    legacy = false
+    queues = 2
+"""
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory with a short name, where groups run by default."""
+    path = Path(tempfile.mkdtemp(prefix="vhu-"))
+    for name in ("disk1.raw", "disk2.raw", "disk3.raw"):
+        (path / name).write_bytes(bytes(MIB))
+    write(path, GROUP)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path / "xdg"))
+    monkeypatch.delenv("VHU_LEGACY_RUN_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(path))
+    yield path
+    shutil.rmtree(path)
+
+
+def write(work: Path, text: str, name: str = "group.toml") -> Path:
+    (work / name).write_text(textwrap.dedent(text))
+    return work / name
+
+
+def run(*args: object, status: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*VHU, *map(str, args)], capture_output=True, text=True, timeout=60, input=stdin)
+    assert done.returncode == status, done
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def run_json(*args: object, status: int = 0) -> Any:
+    return json.loads(run(*args, "--json", status=status).stdout)
+
+
+def error_line(*args: object, status: int = 1) -> str:
+    """The one line that says why it failed."""
+    done = run(*args, status=status)
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("vhu-legacy: ")
+    return lines[0]
+
+
+class Served:
+    def __init__(self, process: subprocess.Popen[str], ready: dict[str, Any]) -> None:
+        self.process = process
+        self.ready = ready
+        self.log = ""
+
+    def stop(self, number: int = signal.SIGTERM) -> str:
+        """End it by a signal; what else it has printed on stdout."""
+        self.process.send_signal(number)
+        out, self.log = self.process.communicate(timeout=20)
+        return out
+
+    def socket(self, member_id: int) -> str:
+        path = next(member["vhost_user"] for member in self.ready["members"] if member["id"] == member_id)
+        assert isinstance(path, str)
+        return path
+
+
+@contextmanager
+def serving(file: Path, *args: object) -> Iterator[Served]:
+    command = [*VHU, "serve", str(file), *map(str, args)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                pytest.fail(f"serve ended: {process.communicate(timeout=10)}")
+            yield Served(process, json.loads(line))
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            process.communicate(timeout=20)
+
+
+def attach(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(10)
+    sock.connect(path)
+    sock.sendall(b"\1\0\0\0\1\0\0\0\0\0\0\0")
+    assert len(sock.recv(20)) == 20
+    return sock
+
+
+def read_until(fd: int, text: bytes, timeout: float = 40) -> None:
+    """Read a terminal until this text has appeared on it."""
+    seen = b""
+    deadline = time.monotonic() + timeout
+    while text not in seen:
+        if not select.select([fd], [], [], max(0, deadline - time.monotonic()))[0]:
+            pytest.fail(f"no {text!r} within {timeout} s in {seen!r}")
+        seen += os.read(fd, 65536)
+
+
+# --- serve ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("engine", ["native", "rust-vmm"])
+def test_serve_says_when_it_is_ready_and_ends_cleanly(work: Path, number: int, engine: str) -> None:
+    with serving(work / "group.toml", "--engine", engine) as served:
+        run_dir = work / "xdg" / "vhu-legacy" / "demo"
+        members = [
+            {"id": n, "type": "blk", "vhost_user": str(run_dir / f"member-{n}.vhost-user.sock")} for n in (1, 2, 3)
+        ]
+        assert served.ready == {
+            "event": "ready",
+            "name": "demo",
+            "run_dir": str(run_dir),
+            "qmp": str(run_dir / "qmp.sock"),
+            "members": members,
+        }
+        with attach(served.socket(1)) as front_end:
+            assert served.stop(number) == ""
+            assert served.process.returncode == 0
+            assert front_end.recv(1) == b""
+        assert not run_dir.exists()
+        assert f"{signal.Signals(number).name}: stopping" in served.log
+        assert "Traceback" not in served.log
+
+
+def test_serve_ends_by_quit(work: Path) -> None:
+    with serving(work / "group.toml", "--run-dir", work / "run") as served:
+        assert served.ready["run_dir"] == str(work / "run")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(10)
+            client.connect(served.ready["qmp"])
+            client.sendall(b'{"execute":"qmp_capabilities"}{"execute":"quit","id":"last"}')
+            answers = b""
+            while data := client.recv(4096):
+                answers += data
+        assert json.loads(answers.splitlines()[-1]) == {"return": {}, "id": "last"}
+        out, log = served.process.communicate(timeout=20)
+        assert (out, served.process.returncode) == ("", 0)
+        assert "Traceback" not in log
+    assert not (work / "run").exists()
+
+
+def test_serve_after_a_kill(work: Path) -> None:
+    with serving(work / "group.toml") as served:
+        served.process.kill()
+        served.process.wait()
+        assert Path(served.socket(1)).exists()
+    with serving(work / "group.toml") as served, attach(served.socket(1)):
+        pass
+
+
+def test_serve_twice_is_refused_with_the_others_pid(work: Path) -> None:
+    with serving(work / "group.toml") as served:
+        done = run("serve", work / "group.toml", status=1)
+        assert f"in use by process {served.process.pid}" in done.stderr
+        assert done.stdout == ""
+        with attach(served.socket(1)):
+            pass
+
+
+def test_serve_refuses_a_bad_file_with_all_problems(work: Path) -> None:
+    file = write(work, '[group]\nname = "a b"\n[[members]]\ntype = "net"\n[[member]]\n')
+    done = run("serve", file, status=1)
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 3
+    file = write(work, '[group]\nname = "x"\n[owner]\ntype = "blk"\nimage = "ram:1MiB"\nvfio_user = true\n')
+    assert "this version doesn't serve the owner" in error_line("serve", file, "--log-level", "error")
+
+
+def test_a_stopped_start_is_a_clean_end(work: Path) -> None:
+    file = write(work, '[group]\nname = "big"\n[[members]]\ncount = 3000\ntype = "blk"\nimage = "null:1MiB"\n')
+    command = [*VHU, "serve", str(file), "--log-level", "warning"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        run_dir = work / "xdg" / "vhu-legacy" / "big"
+        deadline = time.monotonic() + 20
+        while not (run_dir / "member-5.vhost-user.sock").exists():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.terminate()
+        out, log = process.communicate(timeout=20)
+        assert process.returncode == 0, log
+        assert out == "" or json.loads(out)["event"] == "ready"
+        assert not run_dir.exists()
+
+
+# --- validate ---------------------------------------------------------------------------------------------
+
+
+def test_validate(work: Path) -> None:
+    done = run("validate", work / "group.toml")
+    assert done.stdout == f"{work / 'group.toml'}: group demo, 3 members: ok\n"
+    answer = run_json("validate", work / "group.toml")
+    assert answer["valid"]
+    assert answer["problems"] == []
+    assert [member["id"] for member in answer["group"]["members"]] == [1, 2, 3]
+
+    file = write(
+        work, '[group]\nname = 3\n[[members]]\ntype = "blk"\nimage = "none.raw"\nqueue_size = 512\n', "bad.toml"
+    )
+    done = run("validate", file, status=1)
+    assert done.stdout == ""
+    assert [line.split(": ")[0] for line in done.stderr.splitlines()] == ["error", "error", "warning"]
+    answer = run_json("validate", file, status=1)
+    assert not answer["valid"]
+    assert [(p["table"], p["key"]) for p in answer["problems"]] == [("[group]", "name"), ("[[members]] #1", "image")]
+    assert [p["key"] for p in answer["warnings"]] == ["queue_size"]
+    assert all(p["file"] == str(file) for p in answer["problems"])
+
+
+@pytest.mark.parametrize("file", ["none.toml", ".", "/dev/zero", sys.executable])
+def test_validate_what_is_no_group_file(work: Path, file: str) -> None:
+    done = run("validate", work / file, status=1)
+    assert len(done.stderr.splitlines()) == 1
+
+
+# --- a running group --------------------------------------------------------------------------------------
+
+
+def test_list_and_show(work: Path) -> None:
+    with serving(work / "group.toml") as served, attach(served.socket(2)):
+        done = run("list")
+        assert done.stderr == ""
+        assert "demo: 3 members, 1 attached" in done.stdout
+        rows = [line.split() for line in done.stdout.splitlines() if re.match(r" +\d", line)]
+        assert [row[:4] for row in rows] == [
+            ["1", "blk", "detached", "-"],
+            ["2", "blk", "attached", "-"],
+            ["3", "blk", "detached", "-"],
+        ]
+        assert served.socket(3) in done.stdout
+        answer = run_json("list")
+        assert answer["group"]["name"] == "demo"
+        assert [member["state"] for member in answer["members"]] == ["detached", "attached", "detached"]
+
+        done = run("show", "member-2")
+        for text in ("attached", served.socket(2), str(work / "disk2.raw"), f"pid {os.getpid()}", "EVENT_IDX"):
+            assert text in done.stdout
+        assert run_json("show", 3)["image"]["size"] == 1 << 30
+        assert "Member 9 not found" in error_line("show", 9)
+        run("show", "first", status=2)
+        assert "QEMU at /none" in error_line("show", 1, "--qemu-qmp", "/none")
+
+
+def test_which_group_is_meant(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = write(work, '[group]\nname = "other"\n', "other.toml")
+    assert "no group is running in" in error_line("list")
+    with serving(work / "group.toml"):
+        assert run_json("list", "--group", "demo")["group"]["name"] == "demo"
+        assert "no group 'x' is running in" in error_line("list", "--group", "x")
+        assert "running: demo" in error_line("list", "--group", "x")
+        with serving(other):
+            assert "several groups are running: demo, other; choose one with --group" in error_line("list")
+            assert run_json("list", "--group", "other")["group"]["members"] == 0
+        with serving(other, "--run-dir", work / "run"):
+            assert run_json("list")["group"]["name"] == "demo"
+            assert run_json("list", "--run-dir", work / "run")["group"]["name"] == "other"
+            monkeypatch.setenv("VHU_LEGACY_RUN_DIR", str(work / "run"))
+            assert run_json("list")["group"]["name"] == "other"
+    assert "no group is running in" in error_line("list", "--run-dir", work / "none")
+
+
+def test_watch_prints_events_as_lines(work: Path) -> None:
+    with (
+        serving(work / "group.toml") as served,
+        subprocess.Popen(
+            [*VHU, "watch", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as machine,
+        subprocess.Popen([*VHU, "watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as human,
+    ):
+        deadline = time.monotonic() + 20
+        while (
+            json.loads(run("shell", stdin="query-statistics\n").stdout.split("(QEMU) ")[1])["return"]["qmp"]["clients"]
+            < 3
+        ):
+            assert time.monotonic() < deadline
+        with attach(served.socket(1)):
+            pass
+        assert machine.stdout is not None
+        event = json.loads(machine.stdout.readline())
+        assert (event["event"], event["data"]) == ("MEMBER_CONNECTED", {"id": 1, "peer-pid": os.getpid()})
+        assert json.loads(machine.stdout.readline())["event"] == "MEMBER_DISCONNECTED"
+        assert human.stdout is not None
+        line = human.stdout.readline()
+        assert re.fullmatch(rf"\d\d:\d\d:\d\d\.\d{{3}} member 1: MEMBER_CONNECTED peer-pid={os.getpid()}\n", line)
+        # one by the user, one by the end of the group
+        human.send_signal(signal.SIGINT)
+        assert human.wait(20) == 0
+        served.stop()
+        assert machine.wait(20) == 0
+        assert machine.stderr is not None
+        assert human.stderr is not None
+        assert machine.stderr.read() == human.stderr.read() == ""
+
+
+def test_watch_on_a_terminal_shows_the_table(work: Path) -> None:
+    with serving(work / "group.toml") as served:
+        ours, theirs = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200", "LINES": "50"}
+        with subprocess.Popen([*VHU, "watch"], stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+            os.close(theirs)
+            read_until(ours, b"disk2.raw")
+            with attach(served.socket(1)):
+                read_until(ours, b"MEMBER_CONNECTED")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+        os.close(ours)
+
+
+def test_shell_is_stock_qmp_shell(work: Path) -> None:
+    with serving(work / "group.toml"):
+        done = run("shell", "--", "-p", stdin="query-group\nmember-del id=3\nquery-members\nno-such-command\n")
+        assert "Welcome to the QMP low-level shell!" in done.stdout
+        assert '"name": "demo"' in done.stdout
+        assert '"desc": "The command no-such-command has not been found"' in done.stdout
+        assert run_json("list")["group"]["members"] == 2
+        argv = run_json("shell")["argv"]
+        assert (Path(argv[0]).name, Path(argv[-1]).name) == ("qmp-shell", "qmp.sock")
+
+
+def test_qemu_args(work: Path) -> None:
+    with serving(work / "group.toml") as served:
+        old = run("qemu-args", 1, "--legacy", "--qemu", "7.2").stdout
+        new = run("qemu-args", 1, "--legacy", "--qemu", "11.1").stdout
+        assert "disable-modern=on" in old
+        assert ",reconnect=1 " in old
+        assert ",reconnect-ms=1000 " in new
+        assert f"path={served.socket(1)}," in old
+        answer = run_json("qemu-args", 3, "--modern", "--qemu", "10.0", "--memory", "2G")
+        assert "num-queues=2" in " ".join(answer["argv"])
+        assert (answer["qemu"], answer["mode"], answer["member"]) == ("10.0", "modern", 3)
+        assert "disable-legacy=off" in run("qemu-args", 1).stdout
+        assert "modern only" in error_line("qemu-args", 3, "--legacy")
+        assert "modern only" in error_line("qemu-args", 3)
+        assert "not served over vfio-user by this version" in error_line("qemu-args", 1, "--via", "vfio-user")
+        assert "too old" in run("qemu-args", 1, "--qemu", "6.0", status=2).stderr
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("mode", ["legacy", "transitional", "modern"])
+def test_the_printed_line_works_when_pasted(work: Path, mode: str) -> None:
+    # a boot sector that says so and idles: what SeaBIOS runs when it could read it from the member. Interrupts stay on,
+    # or the last characters would never come out of SeaBIOS's serial console
+    text = b"member booted\r\n"
+    code = b"\xfb\xfc\x31\xc0\x8e\xd8\xbe\x1a\x7c\xac\x84\xc0\x74\x09\xb4\x0e\xbb\x07\x00\xcd\x10\xeb\xf2\xf4\xeb\xfd"
+    assert len(code) == 0x1A
+    sector = (code + text + b"\0").ljust(510, b"\0") + b"\x55\xaa"
+    (work / "disk1.raw").write_bytes(sector + bytes(MIB - 512))
+    with serving(work / "group.toml"):
+        line = run("qemu-args", 1, f"--{mode}", "--memory", "256M").stdout
+        monitor = work / "q.sock"
+        extra = f" -qmp unix:{shlex.quote(str(monitor))},server=on,wait=off"
+        ours, theirs = pty.openpty()
+        with subprocess.Popen(
+            ["/bin/sh", "-c", "exec " + line.rstrip() + extra], stdin=theirs, stdout=theirs, stderr=theirs
+        ) as process:
+            os.close(theirs)
+            try:
+                read_until(ours, b"member booted")
+                answer = run_json("show", 1, "--qemu-qmp", monitor)
+                assert answer["driver-mode"] == ("modern" if mode == "modern" else answer["driver-mode"])
+                assert answer["driver-mode"] == ("legacy" if mode == "legacy" else answer["driver-mode"])
+                assert answer["state"] == "running"
+                assert answer["requests"]["in"] >= 1
+                assert answer["qemu"]["queues"][0]["used-idx"] == answer["queues"][0]["used-idx"] >= 1
+                assert "/machine/peripheral/member-1" in run("show", 1, "--qemu-qmp", monitor).stdout
+                assert "attached" in error_line("boot", 1) or "running" in error_line("boot", 1)
+            finally:
+                process.kill()
+        os.close(ours)
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["no-such-command"], ["serve"], ["show"], ["list", "--nope"], ["qemu-args", "1", "--via", "usb"], ["show", "-1"]],
+)
+def test_wrong_usage(args: list[str]) -> None:
+    done = run(*args, status=2)
+    assert done.stdout == ""
+    assert "Usage:" in done.stderr
+
+
+def test_every_command_has_help_and_json() -> None:
+    commands = re.findall(r"^  ([a-z-]+) +[A-Z]", run("--help").stdout, re.MULTILINE)
+    expected = {"serve", "validate", "list", "show", "watch", "qemu-args", "shell", "boot", "matrix", "images"}
+    assert expected <= set(commands)
+    for command in expected:
+        assert "--json" in run(command, "--help").stdout
+
+
+def test_a_group_that_hangs_is_reported(work: Path) -> None:
+    (work / "run").mkdir()
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(work / "run" / "qmp.sock"))
+        silent.listen()
+        assert "gave no answer within 5 s" in error_line("list", "--run-dir", work / "run")
+
+
+def test_output_into_a_closed_pipe(work: Path) -> None:
+    with serving(work / "group.toml"):
+        command = f"{shlex.join(VHU)} list | true; {shlex.join(VHU)} list --json | true"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (512, "512 B"), (MIB, "1 MiB"), (3 * MIB // 2, "1.5 MiB"), (1 << 62, "4 EiB")]
+)
+def test_sizes_for_people(size: int, text: str) -> None:
+    assert size_text(size) == text

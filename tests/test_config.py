@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The group file: what is understood, and that every mistake is named where it is."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from vhu_legacy import ConfigError, MemberConfig, check, load
+from vhu_legacy.config import MAX_FILE, image_identity, parse_member, parse_size, resolve_image
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def group_dir(tmp_path: Path) -> Path:
+    for name in ("disk1.raw", "disk2.raw", "pf.raw"):
+        (tmp_path / name).write_bytes(bytes(MIB))
+    return tmp_path
+
+
+def write(directory: Path, text: str | bytes) -> Path:
+    path = directory / "group.toml"
+    path.write_bytes(text if isinstance(text, bytes) else textwrap.dedent(text).encode())
+    return path
+
+
+def open_fds() -> list[str]:
+    return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
+
+
+GOOD = """
+    [group]
+    name = "demo"
+    strict = true
+    feature_management = true
+    workers = 2
+
+    [owner]
+    type = "blk"
+    image = "pf.raw"
+    admin_queues = 2
+
+    [[members]]
+    count = 2
+    type = "blk"
+    image = "disk{n}.raw"
+    serial = "disk-{n}"
+    queues = 4
+
+    [[members]]
+    type = "blk"
+    image = "ram:64MiB"
+    legacy = false
+    queue_size = 1024
+    blk_size = 4096
+
+    [[members]]
+    id = 10
+    type = "blk"
+    image = "null:1GiB"
+    read_only = true
+"""
+
+
+def test_everything_that_can_be_said(group_dir: Path) -> None:
+    config = load(write(group_dir, GOOD))
+    assert (config.name, config.strict, config.feature_management, config.workers) == ("demo", True, True, 2)
+    assert config.run_dir is None
+    assert config.owner is not None
+    assert (config.owner.image, config.owner.admin_queues) == (str(group_dir / "pf.raw"), 2)
+    assert not config.owner.vfio_user
+    assert config.members == (
+        MemberConfig(1, "blk", str(group_dir / "disk1.raw"), queues=4, serial="disk-1"),
+        MemberConfig(2, "blk", str(group_dir / "disk2.raw"), queues=4, serial="disk-2"),
+        MemberConfig(3, "blk", f"ram:{64 * MIB}", queue_size=1024, legacy=False, blk_size=4096),
+        MemberConfig(10, "blk", f"null:{1 << 30}", read_only=True),
+    )
+
+
+def test_a_byte_order_mark_is_no_mistake(group_dir: Path) -> None:
+    path = write(group_dir, b'\xef\xbb\xbf[group]\nname = "x"\n')
+    assert load(path).name == "x"
+
+
+def test_the_shortest_file_is_an_empty_group_with_a_warning(group_dir: Path) -> None:
+    result = check(write(group_dir, '[group]\nname = "x"\n'))
+    assert result.config is not None
+    assert result.config.members == ()
+    assert [warning.table for warning in result.warnings] == ["[[members]]"]
+
+
+MEMBER = '[group]\nname = "x"\n[[members]]\n'
+RAM = MEMBER + 'type = "blk"\nimage = "ram:1MiB"\n'
+FIRST = "[[members]] #1"
+
+# text of the file; table, key, part of what was found, part of what is allowed
+MISTAKES: list[tuple[str, str | None, str | None, str, str | None]] = [
+    ("", "[group]", None, "missing", "name"),
+    ("group = 3", "[group]", None, "found 3", "name"),
+    ("[group]\n", "[group]", "name", "missing", "letters"),
+    ('[group]\nname = ""', "[group]", "name", 'found ""', "letters"),
+    ('[group]\nname = "../x"', "[group]", "name", 'found "../x"', "letters"),
+    ("[group]\nname = 1", "[group]", "name", "found 1, not a string", None),
+    ('[group]\nname = "x"\nstrict = 1', "[group]", "strict", "found 1", "true or false"),
+    ('[group]\nname = "x"\nworkers = 0', "[group]", "workers", "found 0", "1 to 64"),
+    ('[group]\nname = "x"\nworkers = true', "[group]", "workers", "found true", "integer"),
+    ('[group]\nname = "x"\nworker = 1', "[group]", "worker", "unknown key (did you mean workers?)", "run_dir"),
+    ('[group]\nname = "x"\nrun_dir = ""', "[group]", "run_dir", 'found ""', "a directory"),
+    (f'[group]\nname = "x"\nrun_dir = "/{"d" * 100}"', "[group]", "run_dir", "too long", "107 bytes"),
+    ('[group]\nname = "x"\n[member]', None, None, "[member] (did you mean members?)", "[[members]]"),
+    ('x = 1\n[group]\nname = "x"', None, None, "unknown table or key x", "[owner]"),
+    ('[group]\nname = "x"\n[members]', "[members]", None, "found one table", "two brackets"),
+    ('members = [1]\n[group]\nname = "x"', FIRST, None, "found 1", "a table"),
+    ('[group]\nname = "x"\n[owner]\ntype = "blk"', "[owner]", "image", "missing", "ram:SIZE"),
+    ('owner = 1\n[group]\nname = "x"', "[owner]", None, "found 1", "table"),
+    (MEMBER + 'image = "ram:1MiB"', FIRST, "type", "missing", '"blk"'),
+    (MEMBER + 'type = "blk"', FIRST, "image", "missing", "null:SIZE"),
+    (MEMBER + 'type = "net"', FIRST, "type", "not served by this version", '"blk"'),
+    (MEMBER + 'type = "rng"', FIRST, "type", "not served by this version", '"blk"'),
+    (MEMBER + 'type = "console"', FIRST, "type", "not served by this version", '"blk"'),
+    (MEMBER + 'type = "bkl"', FIRST, "type", 'found "bkl" (did you mean blk?)', '"blk"'),
+    (MEMBER + 'type = ["blk"]', FIRST, "type", "found an array, not a string", '"blk"'),
+    (MEMBER + 'type = "blk"\nimage = "nothing.raw"', FIRST, "image", "nothing.raw: no such file", None),
+    (MEMBER + 'type = "blk"\nimage = "qcow2:x"', FIRST, "image", "no such file", 'no image type "qcow2:"'),
+    (MEMBER + 'type = "blk"\nimage = "."', FIRST, "image", "is a directory", "raw image file"),
+    (MEMBER + 'type = "blk"\nimage = "/dev/null"', FIRST, "image", "neither a file", "block device"),
+    (MEMBER + 'type = "blk"\nimage = "odd.raw"', FIRST, "image", "1000 bytes", "multiple of 512"),
+    (MEMBER + 'type = "blk"\nimage = "empty.raw"', FIRST, "image", "is empty", "at least 512"),
+    (MEMBER + 'type = "blk"\nimage = "ram:64MB"', FIRST, "image", 'found "ram:64MB"', "64MiB"),
+    (MEMBER + 'type = "blk"\nimage = "ram:"', FIRST, "image", 'found "ram:"', "64MiB"),
+    (MEMBER + 'type = "blk"\nimage = "ram:100"', FIRST, "image", "is 100 bytes", "multiple of 512"),
+    (MEMBER + 'type = "blk"\nimage = "null:0"', FIRST, "image", "empty", "at least 512"),
+    (MEMBER + 'type = "blk"\nimage = "null:9999999TiB"', FIRST, "image", "bytes", "at most"),
+    (MEMBER + 'type = "blk"\nimage = "disk{m}.raw"', FIRST, "image", "placeholder {m}", "{n}"),
+    (MEMBER + 'type = "blk"\nimage = "a\\u0000b"', FIRST, "image", "NUL", None),
+    (MEMBER + 'type = "blk"\nimage = 3', FIRST, "image", "found 3, not a string", "ram:SIZE"),
+    (MEMBER + 'type = "blk"\nimage = "ram:4608"\nblk_size = 4096', FIRST, "image", "4608", "4096"),
+    (RAM + 'queues = 0', FIRST, "queues", "found 0", "1 to 64"),
+    (RAM + 'queues = 65', FIRST, "queues", "found 65", "1 to 64"),
+    (RAM + 'queues = 1.0', FIRST, "queues", "found 1.0", "integer"),
+    (RAM + 'queues = true', FIRST, "queues", "found true", "integer"),
+    (RAM + 'queue_size = 300', FIRST, "queue_size", "300", "256, 512"),
+    (RAM + 'queue_size = 2048', FIRST, "queue_size", "2048", "1024"),
+    (RAM + 'blk_size = 513', FIRST, "blk_size", "found 513", "4096"),
+    (RAM + 'read_only = "no"', FIRST, "read_only", 'found "no"', "true"),
+    (RAM + 'legacy = 2024-01-01', FIRST, "legacy", "(a date)", "true"),
+    (RAM + 'read-only = true', FIRST, "read-only", "mean read_only", None),
+    (RAM + 'count = 0', FIRST, "count", "found 0", "1 to 65535"),
+    (RAM + 'id = 65535\ncount = 2', FIRST, "count", "65536", "65535"),
+    (RAM + 'serial = "' + "s" * 21 + '"', FIRST, "serial", "sss", "20"),
+    (RAM + 'serial = "é"', FIRST, "serial", "é", "ASCII"),
+    (RAM + 'count = 2\nserial = "s"', FIRST, "serial", "1 and 2", "{n}"),
+    (MEMBER + 'type = "blk"\nimage = "disk1.raw"\ncount = 2', FIRST, "image", "member 1 and member 2", "{n}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "table", "key", "found", "allowed"), MISTAKES)
+def test_each_mistake_is_named(
+    group_dir: Path, text: str, table: str | None, key: str | None, found: str, allowed: str | None
+) -> None:
+    (group_dir / "odd.raw").write_bytes(bytes(1000))
+    (group_dir / "empty.raw").touch()
+    path = write(group_dir, text)
+    result = check(path)
+    assert result.config is None
+    assert len(result.problems) == 1, result.problems
+    problem = result.problems[0]
+    assert (problem.file, problem.table, problem.key) == (path, table, key)
+    assert found in problem.found
+    assert "\n" not in str(problem)
+    if allowed is not None:
+        assert problem.allowed is not None
+        assert allowed in problem.allowed
+
+
+def test_all_mistakes_are_reported_at_once(group_dir: Path) -> None:
+    path = write(
+        group_dir,
+        """
+        [groups]
+        [group]
+        strict = "yes"
+        [owner]
+        type = "blk"
+        image = "disk1.raw"
+        [[members]]
+        type = "bkl"
+        image = "disk1.raw"
+        queues = 100
+        [[members]]
+        id = 1
+        type = "blk"
+        image = "ram:1GB"
+        """,
+    )
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    places = [(problem.table, problem.key) for problem in caught.value.problems]
+    assert places == [
+        (None, None),
+        ("[group]", "name"),
+        ("[group]", "strict"),
+        (FIRST, "type"),
+        (FIRST, "queues"),
+        (FIRST, "image"),
+        ("[[members]] #2", "id"),
+        ("[[members]] #2", "image"),
+    ]
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(places)
+    assert all(line.startswith(str(path)) for line in lines)
+
+
+def test_a_wrong_pattern_for_many_members_is_a_few_lines(group_dir: Path) -> None:
+    result = check(write(group_dir, MEMBER + 'type = "blk"\ncount = 1000\nimage = "none{n}.raw"'))
+    assert len(result.problems) == 6
+    assert "995 more" in result.problems[-1].found
+
+
+@pytest.mark.parametrize("link", ["symlink", "hard link", "other spelling"])
+def test_one_image_has_one_writer_whatever_it_is_called(group_dir: Path, link: str) -> None:
+    other = group_dir / "other.raw"
+    name = "other.raw"
+    if link == "symlink":
+        other.symlink_to("disk1.raw")
+    elif link == "hard link":
+        other.hardlink_to(group_dir / "disk1.raw")
+    else:
+        name = f"../{group_dir.name}/disk1.raw"
+    text = f"""
+        [group]
+        name = "x"
+        [[members]]
+        type = "blk"
+        image = "disk1.raw"
+        READ_ONLY
+        [[members]]
+        type = "blk"
+        image = "{name}"
+        read_only = true
+    """
+    result = check(write(group_dir, text.replace("READ_ONLY", "")))
+    assert [problem.table for problem in result.problems] == ["[[members]] #2"]
+    assert "used by member 1 and member 2" in result.problems[0].found
+    assert check(write(group_dir, text.replace("READ_ONLY", "read_only = true"))).problems == ()
+
+
+def test_large_legacy_queues_are_warned_about(group_dir: Path) -> None:
+    member = RAM + "queue_size = 512\n"
+    warnings = check(write(group_dir, member)).warnings
+    assert [(warning.table, warning.key) for warning in warnings] == [(FIRST, "queue_size")]
+    assert "SeaBIOS" in warnings[0].found
+    assert check(write(group_dir, member + "legacy = false")).warnings == ()
+
+
+def test_an_image_that_may_not_be_written(group_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_open = os.open
+
+    def refuse(path: str | Path, flags: int, *args: int) -> int:
+        # the tests may run as root, who may write anything
+        if Path(path).name == "disk1.raw" and flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied")
+        return real_open(path, flags, *args)
+
+    monkeypatch.setattr(os, "open", refuse)
+    member = MEMBER + 'type = "blk"\nimage = "disk1.raw"\n'
+    problems = check(write(group_dir, member)).problems
+    assert "permission denied" in problems[0].found
+    assert "read_only" in problems[0].found
+    assert check(write(group_dir, member + "read_only = true")).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"[group\n", "TOML syntax: Expected ']' at the end of a table declaration (at line 1"),
+        (b'[group]\nname = "x"\nname = "y"\n', "line 3"),
+        (b"\x7fELF\x02\x01\x01\x00", "TOML syntax"),
+        (b'[group]\nname = "\xff"\n', "byte 0xff at offset 16 (line 2) is not UTF-8"),
+        (os.urandom(4096) + b"\xff\xfe", "is not text"),
+        (b"x = " + b"[" * 100_000, "nested too deeply"),
+        (b"x = " + b"9" * 5000, "TOML"),
+        (bytes(MAX_FILE + 1), "larger than 4 MiB"),
+    ],
+)
+def test_files_that_are_no_toml(tmp_path: Path, data: bytes, found: str) -> None:
+    result = check(write(tmp_path, data))
+    assert result.config is None
+    assert len(result.problems) == 1
+    assert found in str(result.problems[0])
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path, found in [
+        (tmp_path / "none.toml", "No such file"),
+        (tmp_path, "is a directory"),
+        (fifo, "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
+        (tmp_path / ("n" * 300), "File name too long"),
+        (Path("a\0b"), "can't be opened"),
+    ]:
+        problems = check(path).problems
+        assert len(problems) == 1
+        assert found in problems[0].found
+        assert problems[0].file == path
+
+
+def test_checking_leaves_no_descriptor_open(group_dir: Path) -> None:
+    path = write(group_dir, GOOD)
+    check(path)
+    before = open_fds()
+    for _ in range(10):
+        check(path)
+        check(group_dir)
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512", 512),
+        ("512B", 512),
+        ("1K", 1024),
+        ("1KiB", 1024),
+        ("64 MiB", 64 * MIB),
+        ("2G", 2 << 30),
+        ("1TiB", 1 << 40),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5G", "1MB", "1mib", "MiB", "0x10", "1 2", "9" * 30])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size(text)
+
+
+def test_images_are_relative_to_their_base(group_dir: Path) -> None:
+    assert resolve_image("disk1.raw", group_dir, read_only=False) == str(group_dir / "disk1.raw")
+    assert resolve_image("ram:1M", group_dir, read_only=False) == f"ram:{MIB}"
+    with pytest.raises(ValueError, match=r"no such file; allowed: .*ram:SIZE"):
+        resolve_image("none.raw", group_dir, read_only=True)
+    assert image_identity(str(group_dir / "disk1.raw")) == image_identity(str(group_dir / "." / "disk1.raw"))
+    assert image_identity("ram:512") is None
+    assert image_identity(str(group_dir / "none.raw")) is None
+
+
+def test_a_member_by_itself(group_dir: Path) -> None:
+    member = parse_member(
+        {"type": "blk", "image": "disk{n}.raw", "queues": 2}, member_id=2, base=group_dir, label="member-add"
+    )
+    assert member == MemberConfig(2, "blk", str(group_dir / "disk2.raw"), queues=2)
+    with pytest.raises(ConfigError) as caught:
+        parse_member({"type": "blk", "image": "x", "count": 3}, member_id=1, base=group_dir, label="member-add")
+    assert [problem.key for problem in caught.value.problems] == ["count", "image"]

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""A software virtio device group for stock QEMU: members over vhost-user, legacy guests, QMP to steer it.
+
+::
+
+    async with open_group(await trio.to_thread.run_sync(load, Path("group.toml"))) as group:
+        await trio.sleep_forever()
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from .config import CheckResult, GroupConfig, MemberConfig, OwnerConfig, check, load
+from .errors import (
+    ClientError,
+    ConfigError,
+    GroupError,
+    GuestError,
+    ImagesError,
+    MemberError,
+    Problem,
+    RunDirBusyError,
+    VhuError,
+)
+
+if TYPE_CHECKING:
+    from .group import Group, open_group
+
+__all__ = [
+    "CheckResult",
+    "ClientError",
+    "ConfigError",
+    "Group",
+    "GroupConfig",
+    "GroupError",
+    "GuestError",
+    "ImagesError",
+    "MemberConfig",
+    "MemberError",
+    "OwnerConfig",
+    "Problem",
+    "RunDirBusyError",
+    "VhuError",
+    "__version__",
+    "check",
+    "load",
+    "open_group",
+]
+
+try:
+    __version__ = version("vhu-legacy")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0"
+
+
+def __getattr__(name: str) -> Any:
+    # `vhu-legacy validate` and `qemu-args` need neither trio nor the native module: those come with the group
+    if name in ("Group", "open_group"):
+        from . import group
+
+        return getattr(group, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

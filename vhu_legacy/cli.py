@@ -1,0 +1,798 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The `vhu-legacy` command: arguments to calls, results to tables or JSON, errors to one line.
+
+Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted. Results go to
+stdout, everything else to stderr. With `--json`, stdout has JSON and nothing else.
+
+Commands import what they need when they run: `validate` shall not wait for an event loop it never starts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+import click
+
+from . import __version__, qemu_args
+from .errors import ClientError, ConfigError, GroupError, GuestError, VhuError, single
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .client import GroupClient
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+log = logging.getLogger("vhu_legacy")
+
+ENGINES: Final = ("native", "rust-vmm")
+DEBUG: Final = "VHU_LEGACY_DEBUG"
+KEPT_EVENTS: Final = 12
+
+
+class Failure(click.ClickException):
+    """An error of ours, shown as one line."""
+
+    exit_code = 1
+
+    def show(self, file: Any = None) -> None:
+        for line in self.message.splitlines() or [""]:
+            click.echo(f"vhu-legacy: {line}", file=file or sys.stderr)
+
+
+class Commands(click.Group):
+    """Turns whatever a command raises into a line on stderr and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BaseException as raised:
+            error = single(raised)
+            if os.environ.get(DEBUG):
+                traceback.print_exception(raised)
+            raise _translate(error) from raised
+
+
+def _translate(error: BaseException) -> BaseException:
+    match error:
+        case click.ClickException() | click.exceptions.Exit() | SystemExit() | GeneratorExit():
+            return error
+        case KeyboardInterrupt():
+            return click.exceptions.Exit(130)
+        case BrokenPipeError():
+            # whoever read our output has enough; what Python still has buffered must not complain either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return click.exceptions.Exit(1)
+        case VhuError():
+            return Failure(str(error))
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            return Failure(f"{where}{error.strerror or error}")
+        case BaseExceptionGroup():
+            lines = (str(_translate(single(inner))) for inner in error.exceptions)
+            return Failure("\n".join(dict.fromkeys(lines)))
+        case _:
+            hint = f"set {DEBUG}=1 to see where"
+            return Failure(f"internal error: {type(error).__name__}: {error} ({hint})")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="vhu-legacy")
+def main() -> None:
+    """A software virtio device group for stock QEMU, with members that legacy guests can drive."""
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+
+def json_option(function: F) -> F:
+    """`--json`, on every command."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")(function)
+
+
+def group_options(function: F) -> F:
+    """Which running group is meant."""
+    function = click.option(
+        "--run-dir",
+        type=click.Path(path_type=Path),
+        envvar="VHU_LEGACY_RUN_DIR",
+        help="Run directory of the group.",
+    )(function)
+    return click.option("--group", "group_name", metavar="NAME", help="Name of the group, if several run.")(function)
+
+
+class MemberId(click.ParamType[int]):
+    """A member number; "member-3" is understood, too."""
+
+    name = "member"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value).removeprefix("member-")
+        if not text.isdecimal() or not text.isascii():
+            self.fail(f"{value!r} is not a member number", param, ctx)
+        return int(text)
+
+
+class QemuVersion(click.ParamType[str]):
+    """A QEMU version such as 7.2, 10.0, 11.1."""
+
+    name = "version"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            qemu_args.parse_version(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
+member_argument = click.argument("member", type=MemberId())
+
+
+# --- output -------------------------------------------------------------------------------------------------
+
+
+def print_json(value: object) -> None:
+    """One JSON value on stdout."""
+    click.echo(json.dumps(value, default=_plain))
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, (Path, set, frozenset, tuple)):
+        return str(value) if isinstance(value, Path) else list(value)
+    return str(value)
+
+
+def stdout_console() -> Console:
+    from rich.console import Console
+
+    # a pipe has no width: a table cut to 80 columns would be of no use to grep
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+
+def stderr_console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def new_table(*columns: str, title: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        right = column.endswith(">")
+        table.add_column(column.removesuffix(">"), justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def size_text(size: int) -> str:
+    """Bytes for people: 64 MiB, 1.5 GiB."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+    value, unit = float(size), 0
+    while value >= 1024 and unit < len(units) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.0f} {units[unit]}" if value == int(value) else f"{value:.1f} {units[unit]}"
+
+
+def run_async(function: Callable[..., Awaitable[T]], *args: object) -> T:
+    """Run an async function to its end; groups with one exception in them are unwrapped."""
+    import trio
+
+    try:
+        return trio.run(function, *args)
+    except BaseExceptionGroup as errors:
+        error = single(errors)
+        raise error from error.__cause__
+
+
+def ask_group(group_name: str | None, run_dir: Path | None, function: Callable[[GroupClient], Awaitable[T]]) -> T:
+    """Find the running group, connect, and call the function with the client."""
+
+    async def ask() -> T:
+        import trio
+
+        from . import client
+
+        directory = await trio.to_thread.run_sync(client.find_group, group_name, run_dir)
+        async with client.connect(directory) as connected:
+            return await function(connected)
+
+    return run_async(ask)
+
+
+# --- serve and validate -------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where sockets go (instead of the file's run_dir).")
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="native",
+    show_default=True,
+    help="Who serves the sockets: our own loop, or the stock daemon of vhost-user-backend.",
+)
+@click.option(
+    "--log-level", type=click.Choice(("debug", "info", "warning", "error")), default="info", show_default=True
+)
+@json_option
+def serve(file: Path, run_dir: Path | None, engine: str, log_level: str, as_json: bool) -> None:
+    """Serve the group of FILE until SIGTERM or SIGINT.
+
+    Prints one JSON line on stdout when all sockets are there (with or without --json), and logs to stderr.
+    """
+    logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    run_async(_serve, file, run_dir, engine)
+
+
+async def _serve(file: Path, run_dir: Path | None, engine: str) -> None:
+    import trio
+
+    from .config import check
+    from .group import Engine, Group, open_group
+    from .group_qmp import serve_qmp
+
+    async def stop_on_signal(*, task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for number in signals:
+                log.info("%s: stopping", signal.Signals(number).name)
+                nursery.cancel_scope.cancel()
+
+    async def until_asked(group: Group) -> None:
+        async with trio.open_nursery() as inner:
+            await inner.start(serve_qmp, group)
+            click.echo(json.dumps(ready_line(group)))
+            await group.stopping.wait()
+            inner.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        # first of all: a signal during a long start ends it cleanly, too
+        await nursery.start(stop_on_signal)
+        result = await trio.to_thread.run_sync(check, file)
+        if result.config is None:
+            raise ConfigError(result.problems)
+        for warning in result.warnings:
+            log.warning("%s", warning)
+        async with open_group(result.config, run_dir=run_dir, engine=cast(Engine, engine)) as group:
+            await until_asked(group)
+        nursery.cancel_scope.cancel()
+
+
+def ready_line(group: Any) -> dict[str, Any]:
+    """What `serve` prints when it is ready."""
+    members = [
+        {"id": member["id"], "type": member["type"], "vhost_user": member["vhost_user"]}
+        for member in group.query_members()
+    ]
+    return {
+        "event": "ready",
+        "name": group.name,
+        "run_dir": str(group.run_dir),
+        "qmp": str(group.qmp_path),
+        "members": members,
+    }
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+def validate(file: Path, as_json: bool) -> None:
+    """Check the group FILE and name everything that is wrong with it."""
+    from .config import check
+
+    result = check(file)
+    if as_json:
+        print_json(
+            {
+                "file": str(file),
+                "valid": result.config is not None,
+                "problems": [problem.as_dict() for problem in result.problems],
+                "warnings": [warning.as_dict() for warning in result.warnings],
+                "group": result.config,
+            }
+        )
+    else:
+        for problem in result.problems:
+            click.echo(f"error: {problem}", err=True)
+        for warning in result.warnings:
+            click.echo(f"warning: {warning}", err=True)
+        if result.config is not None:
+            click.echo(f"{file}: group {result.config.name}, {len(result.config.members)} members: ok")
+    if result.config is None:
+        raise click.exceptions.Exit(1)
+
+
+# --- list, show, watch --------------------------------------------------------------------------------------
+
+
+@main.command(name="list")
+@group_options
+@json_option
+def list_members(group_name: str | None, run_dir: Path | None, as_json: bool) -> None:
+    """List the members of a running group."""
+
+    async def ask(client: GroupClient) -> dict[str, Any]:
+        return {"group": await client.query_group(), "members": await client.query_members()}
+
+    answer = ask_group(group_name, run_dir, ask)
+    if as_json:
+        print_json(answer)
+    else:
+        group = answer["group"]
+        title = f"{group['name']}: {group['members']} members, {group['attached']} attached, pid {group['pid']}"
+        stdout_console().print(members_table(answer["members"], title))
+
+
+def members_table(members: list[dict[str, Any]], title: str | None = None) -> Table:
+    """What `list` and `watch` show."""
+    table = new_table(
+        "id>",
+        "type",
+        "state",
+        "driver",
+        "queues>",
+        "requests>",
+        "errors>",
+        "size>",
+        "image",
+        "socket",
+        title=title,
+    )
+    for member in members:
+        image = member["image"]
+        table.add_row(
+            str(member["id"]),
+            member["type"],
+            state_text(member),
+            member["driver-mode"] or "-",
+            f"{member['running-queues']}/{member['queues']}",
+            str(member["served"]),
+            str(member["errors"]),
+            size_text(image["size"]),
+            image["spec"] + (" (read-only)" if image["read-only"] else ""),
+            member["vhost-user"],
+        )
+    return table
+
+
+def state_text(member: dict[str, Any]) -> str:
+    broken = member["broken"]
+    return member["state"] if broken is None else f"broken: {broken['rule']}"
+
+
+@main.command()
+@member_argument
+@group_options
+@click.option("--qemu-qmp", metavar="SOCKET", help="QEMU's own QMP socket: shows its side of the queues, too.")
+@click.option("--qom-path", metavar="PATH", help="The device within QEMU, if it can't be found by its socket.")
+@json_option
+def show(
+    member: int,
+    group_name: str | None,
+    run_dir: Path | None,
+    qemu_qmp: str | None,
+    qom_path: str | None,
+    as_json: bool,
+) -> None:
+    """Show everything about one MEMBER of a running group."""
+    if qemu_qmp is not None:
+        # it is the group that connects, and it may have been started elsewhere
+        qemu_qmp = str(Path(qemu_qmp).absolute())
+    answer = ask_group(
+        group_name,
+        run_dir,
+        lambda client: client.query_member(member, qemu_qmp=qemu_qmp, qom_path=qom_path),
+    )
+    if as_json:
+        print_json(answer)
+        return
+    console = stdout_console()
+    facts = new_table("member", str(answer["id"]))
+    for name, value in member_facts(answer):
+        facts.add_row(name, value)
+    console.print(facts)
+    console.print(queues_table(answer["queues"]))
+    if "qemu" in answer:
+        console.print(qemu_table(answer))
+
+
+def member_facts(member: dict[str, Any]) -> list[tuple[str, str]]:
+    """The single values that `show` prints."""
+    image = member["image"]
+    facts = [
+        ("type", member["type"] + (", transitional-capable" if member["legacy"] else ", modern only")),
+        ("state", state_text(member)),
+        ("socket", member["vhost-user"]),
+        ("front end", "-" if member["peer-pid"] is None else f"pid {member['peer-pid']}"),
+        ("connections", str(member["connections"])),
+        ("driver", member["driver-mode"] or "-"),
+        ("status", bits_text(member["status"])),
+        ("device features", bits_text(member["device-features"])),
+        ("driver features", bits_text(member["driver-features"])),
+        ("protocol features", bits_text(member["protocol-features"])),
+        (
+            "image",
+            f"{image['spec']}, {size_text(image['size'])}" + (", read-only" if image["read-only"] else ""),
+        ),
+        ("config", pairs_text(member["config"])),
+        ("requests", pairs_text(member["requests"])),
+        ("memory regions", str(len(member["memory"]))),
+    ]
+    for key in ("broken", "last-error"):
+        if member[key] is not None:
+            problem = member[key]
+            queue = "" if problem["queue"] is None else f" (queue {problem['queue']})"
+            facts.append((key.replace("-", " "), f"{problem['rule']}: {problem['reason']}{queue}"))
+    return facts
+
+
+def bits_text(bits: dict[str, Any]) -> str:
+    return f"0x{bits['value']:x} {' '.join(bits['names'])}".rstrip()
+
+
+def pairs_text(values: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def queues_table(queues: list[dict[str, Any]]) -> Table:
+    table = new_table(
+        "queue>", "state", "layout", "size>", "avail>", "used>", "next>", "in flight>", "kicks>", "calls>",
+        "requests>", "errors>", "options",
+    )  # fmt: skip
+    for queue in queues:
+        state = "running" if queue["running"] else "started" if queue["started"] else "stopped"
+        options = [name for name in ("event-idx", "indirect") if queue[name]]
+        table.add_row(
+            str(queue["index"]),
+            state,
+            queue["layout"] or "-",
+            str(queue["size"]),
+            index_text(queue["avail-idx"]),
+            index_text(queue["used-idx"]),
+            str(queue["last-avail-idx"]),
+            *(str(queue[key]) for key in ("in-flight", "kicks", "calls", "requests", "errors")),
+            " ".join(options) or "-",
+        )
+    return table
+
+
+def index_text(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def qemu_table(member: dict[str, Any]) -> Table:
+    """Both sides of each queue: ours, and what QEMU reads in the same guest memory."""
+    qemu = member["qemu"]
+    title = f"QEMU {qemu['version']} {qemu['qom-path']}"
+    table = new_table("queue>", "size>", "its size>", "avail>", "its avail>", "used>", "its used>", "note", title=title)
+    for ours, theirs in zip(member["queues"], qemu["queues"], strict=False):
+        table.add_row(
+            str(ours["index"]),
+            str(ours["size"]),
+            index_text(theirs["num"]),
+            index_text(ours["avail-idx"]),
+            index_text(theirs["avail-idx"]),
+            index_text(ours["used-idx"]),
+            index_text(theirs["used-idx"]),
+            theirs["problem"] or "",
+        )
+    return table
+
+
+@main.command()
+@group_options
+@click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Seconds.")
+@json_option
+def watch(group_name: str | None, run_dir: Path | None, interval: float, as_json: bool) -> None:
+    """Watch a running group: its members as a live table, and what happens to them.
+
+    With --json, or when stdout is no terminal, each event is one line. Ends with the group, or with Ctrl-C.
+    """
+
+    async def follow(client: GroupClient) -> None:
+        if as_json or not sys.stdout.isatty():
+            await _watch_lines(client, as_json)
+        else:
+            await _watch_table(client, interval)
+
+    try:
+        ask_group(group_name, run_dir, follow)
+    except KeyboardInterrupt:
+        # the usual way to end it, so no failure
+        return
+
+
+async def _watch_lines(client: GroupClient, as_json: bool) -> None:
+    async with client.events() as feed:
+        async for event in feed:
+            click.echo(json.dumps(event) if as_json else event_text(event))
+
+
+async def _watch_table(client: GroupClient, interval: float) -> None:
+    from collections import deque
+
+    import trio
+    from rich.console import Group as Stack
+    from rich.live import Live
+    from rich.text import Text
+
+    recent: deque[str] = deque(maxlen=KEPT_EVENTS)
+    changed = trio.Event()
+    ended = False
+
+    async def collect() -> None:
+        nonlocal changed, ended
+        async for event in feed:
+            recent.append(event_text(event))
+            changed.set()
+        ended = True
+        changed.set()
+
+    group = await client.query_group()
+    with Live(console=stdout_console(), auto_refresh=False, screen=False) as live:
+        async with client.events() as feed, trio.open_nursery() as nursery:
+            nursery.start_soon(collect)
+            while not ended:
+                members = await client.query_members()
+                title = f"{group['name']}: {len(members)} members"
+                live.update(Stack(members_table(members, title), Text("\n".join(recent))), refresh=True)
+                with trio.move_on_after(interval):
+                    await changed.wait()
+                changed = trio.Event()
+            nursery.cancel_scope.cancel()
+
+
+def event_text(event: dict[str, Any]) -> str:
+    """One event on one line."""
+    import time
+
+    stamp = event["timestamp"]["seconds"] + event["timestamp"]["microseconds"] / 1e6
+    clock = time.strftime("%H:%M:%S", time.localtime(stamp)) + f".{event['timestamp']['microseconds'] // 1000:03}"
+    data = dict(event.get("data", {}))
+    member = data.pop("id", None)
+    who = "" if member is None else f"member {member}: "
+    return f"{clock} {who}{event['event']} {pairs_text(data)}".rstrip()
+
+
+# --- QEMU and guests ----------------------------------------------------------------------------------------
+
+
+@main.command(name="qemu-args")
+@member_argument
+@group_options
+@click.option("--legacy", "mode", flag_value="legacy", help="Legacy only: what an old guest needs.")
+@click.option("--transitional", "mode", flag_value="transitional", default="transitional", help="Both (default).")
+@click.option("--modern", "mode", flag_value="modern", help="Modern only.")
+@click.option("--via", type=click.Choice(("vhost-user", "vfio-user")), default="vhost-user", show_default=True)
+@click.option("--qemu", "version", type=QemuVersion(), help="QEMU's version  [default: the installed one's].")
+@click.option("--memory", default="1G", show_default=True, help="Guest memory.")
+@json_option
+def qemu_args_command(
+    member: int,
+    group_name: str | None,
+    run_dir: Path | None,
+    mode: qemu_args.Mode,
+    via: str,
+    version: str | None,
+    memory: str,
+    as_json: bool,
+) -> None:
+    """Print a QEMU command line that boots from MEMBER of a running group, for pasting."""
+    if via == "vfio-user":
+        raise GroupError("members are not served over vfio-user by this version; use --via vhost-user")
+    info = ask_group(group_name, run_dir, lambda client: client.query_member(member))
+    if mode != "modern" and not info["legacy"]:
+        raise GroupError(f"member {member} is modern only (legacy = false in the group file); use --modern")
+    queues = info["queues"]
+    disk = qemu_args.DiskArgs(Path(info["vhost-user"]), len(queues), queues[0]["max-size"], f"member-{member}")
+    chosen = qemu_args.parse_version(version) if version is not None else installed_version()
+    argv = qemu_args.command_line(disk, mode, chosen, memory=memory)
+    if as_json:
+        print_json({"argv": argv, "member": member, "mode": mode, "qemu": "{}.{}".format(*chosen)})
+    else:
+        click.echo(qemu_args.shell_line(argv))
+
+
+def installed_version() -> tuple[int, int]:
+    """The version of the QEMU that the command line is going to start; the newest known one when there is
+    none.
+    """
+    try:
+        done = subprocess.run([qemu_args.BINARY, "--version"], capture_output=True, text=True, timeout=20, check=True)
+        return qemu_args.version_of_output(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return qemu_args.DEFAULT_VERSION
+
+
+@main.command()
+@group_options
+@click.argument("args", nargs=-1)
+@json_option
+def shell(group_name: str | None, run_dir: Path | None, args: tuple[str, ...], as_json: bool) -> None:
+    """Open the stock qmp-shell on a running group's QMP socket. ARGS are passed on to it.
+
+    With --json, nothing is started: the command that would be is printed.
+    """
+    from . import client
+    from .rundir import QMP_SOCKET
+
+    path = client.find_group(group_name, run_dir) / QMP_SOCKET
+    beside = Path(sys.executable).with_name("qmp-shell")
+    program = str(beside) if beside.exists() else shutil.which("qmp-shell")
+    if program is None:
+        raise ClientError("qmp-shell is not installed; it comes with the Python package qemu.qmp")
+    argv = [program, *args, str(path)]
+    if as_json:
+        print_json({"argv": argv})
+        return
+    sys.stdout.flush()
+    os.execv(program, argv)
+
+
+@main.command()
+@member_argument
+@group_options
+@click.option("--kernel", default="6.12", show_default=True, help="Guest kernel series; see `images --list`.")
+@click.option("--mode", type=click.Choice(qemu_args.MODES), default="legacy", show_default=True)
+@click.option("--qemu", "version", help="QEMU series  [default: the installed one].")
+@click.option("--task", default="verify", show_default=True, help="What the guest does: verify, reboot, rw-loop.")
+@click.option("--timeout", type=click.FloatRange(1, 3600), default=60.0, show_default=True, help="Seconds a step.")
+@json_option
+def boot(
+    member: int,
+    group_name: str | None,
+    run_dir: Path | None,
+    kernel: str,
+    mode: qemu_args.Mode,
+    version: str | None,
+    task: str,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Boot a stock guest on MEMBER of a running group, have it use its disk, and compare checksums.
+
+    The guest writes to the disk: its content is not kept.
+    """
+    info = ask_group(group_name, run_dir, lambda client: client.query_member(member))
+    if mode != "modern" and not info["legacy"]:
+        raise GroupError(f"member {member} is modern only (legacy = false in the group file); use --mode modern")
+    if info["state"] not in ("detached", "broken"):
+        raise GroupError(f"member {member} is {info['state']}; a guest needs it for itself")
+    result, problems = run_async(_boot, info, kernel, mode, version, task, timeout, as_json)
+    if as_json:
+        print_json({"result": result, "problems": problems})
+    else:
+        table = new_table("guest", f"member {member}")
+        for name, value in asdict(result).items():
+            table.add_row(name.replace("_", " "), str(value))
+        stdout_console().print(table)
+    if problems:
+        raise GuestError("; ".join(problems))
+
+
+async def _boot(
+    info: dict[str, Any],
+    kernel: str,
+    mode: qemu_args.Mode,
+    version: str | None,
+    task: str,
+    timeout: float,
+    as_json: bool,
+) -> tuple[Any, list[str]]:
+    import trio
+
+    from . import guest, images
+
+    await _ensure_images([kernel], [version] if version is not None else [], quiet=as_json, images=images)
+    result = await guest.boot(
+        Path(info["vhost-user"]),
+        kernel=kernel,
+        mode=mode,
+        qemu=version,
+        task=task,
+        queues=len(info["queues"]),
+        timeout=timeout,
+        on_message=None if as_json else lambda message: click.echo(f"guest: {json.dumps(message)}", err=True),
+    )
+    if info["image"]["kind"] != "file":
+        return result, []
+    image = Path(info["image"]["spec"])
+    return result, await trio.to_thread.run_sync(lambda: list(guest.check_image(image, result)))
+
+
+async def _ensure_images(kernels: list[str], qemus: list[str], *, quiet: bool, images: Any) -> None:
+    from rich.progress import Progress
+
+    if quiet:
+        await images.ensure(kernels, qemus, None)
+        return
+    console = stderr_console()
+    # off a terminal there is nothing to redraw, and its end would print an empty line
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        await images.ensure(kernels, qemus, progress)
+
+
+@main.command()
+@click.option("--list", "only_list", is_flag=True, help="Say what is there, fetch nothing.")
+@click.option("--kernel", "kernels", multiple=True, help="A guest kernel series (may be repeated).")
+@click.option("--qemu", "qemus", multiple=True, help="A QEMU series (may be repeated).")
+@json_option
+def images(only_list: bool, kernels: tuple[str, ...], qemus: tuple[str, ...], as_json: bool) -> None:
+    """Fetch and build guest kernels and QEMU versions into the cache: those named, or all."""
+    from . import images as module
+
+    if not only_list:
+        everything = not kernels and not qemus
+        wanted_kernels = list(module.KERNELS if everything else kernels)
+        wanted_qemus = list(module.QEMUS if everything else qemus)
+
+        async def fetch() -> None:
+            await _ensure_images(wanted_kernels, wanted_qemus, quiet=as_json, images=module)
+
+        run_async(fetch)
+    rows = module.status()
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    table = new_table("kind", "series", "state", "version", "size>", "path")
+    for row in rows:
+        size = "-" if row.size is None else size_text(row.size)
+        table.add_row(row.kind, row.name, row.state, row.version or "-", size, str(row.path or "-"))
+    stdout_console().print(table)
+
+
+@main.command()
+@click.option("--kernel", "kernels", multiple=True, help="A guest kernel series (may be repeated; default all).")
+@click.option("--mode", "modes", multiple=True, type=click.Choice(qemu_args.MODES), help="Driver mode (default all).")
+@click.option("--qemu", "qemus", multiple=True, help="A QEMU series (may be repeated; default all).")
+@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Guests at a time.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write a JUnit XML report here.")
+@json_option
+def matrix(
+    kernels: tuple[str, ...],
+    modes: tuple[qemu_args.Mode, ...],
+    qemus: tuple[str, ...],
+    jobs: int,
+    junit: Path | None,
+    as_json: bool,
+) -> None:
+    """Boot every kernel in every driver mode on every QEMU, one guest a cell."""
+    from . import images as module
+    from . import matrix as matrix_module
+
+    async def run() -> Any:
+        return await matrix_module.run_matrix(
+            kernels or module.KERNELS,
+            modes or qemu_args.MODES,
+            qemus or module.QEMUS,
+            jobs=jobs,
+            junit=junit,
+            console=stderr_console() if as_json else stdout_console(),
+        )
+
+    result = run_async(run)
+    if as_json:
+        print_json(result.as_json())
+    if not result.ok:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,627 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The group file: TOML in, `GroupConfig` out, every mistake named.
+
+`check` collects all problems of a file and never raises for what stands in it; `load` raises them as one
+`ConfigError`. Both read the file and look at the images it names, so an async caller runs them in a thread.
+
+TOML keys are checked strictly: `true` isn't a number, `1.0` isn't an integer, an unknown key is an error. A
+key that is silently ignored is worse than one that is refused: the group would run differently from what was
+written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from .errors import ConfigError, Problem
+from .rundir import SUN_PATH, default_run_dir, socket_name, too_long
+
+__all__ = [
+    "MAX_MEMBERS",
+    "MAX_MEMBER_ID",
+    "MEMBER_TYPES",
+    "CheckResult",
+    "GroupConfig",
+    "MemberConfig",
+    "OwnerConfig",
+    "check",
+    "image_identity",
+    "load",
+    "parse_member",
+    "parse_size",
+    "resolve_image",
+]
+
+SECTOR: Final = 512
+MEMBER_TYPES: Final = ("blk",)
+LATER_TYPES: Final = ("net", "rng", "console")
+"""Types of the design that this version doesn't serve yet: refused by name, not as a typing mistake."""
+MAX_MEMBER_ID: Final = 65535
+"""A VF number has 16 bits."""
+MAX_MEMBERS: Final = 65535
+MAX_QUEUES: Final = 64
+QUEUE_SIZES: Final = tuple(1 << n for n in range(2, 11))
+LEGACY_QUEUE_SIZE: Final = 256
+BLK_SIZES: Final = (512, 1024, 2048, 4096)
+SERIAL_BYTES: Final = 20
+MAX_WORKERS: Final = 64
+MAX_ADMIN_QUEUES: Final = 64
+MAX_FILE: Final = 4 * 1024 * 1024
+MAX_IMAGE: Final = 1 << 62
+REPORTED_PER_TABLE: Final = 5
+"""A wrong `image` pattern with `count = 1000` is one mistake, not a thousand lines."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SIZE = re.compile(r"(\d{1,20}) ?(B|KiB|MiB|GiB|TiB|K|M|G|T)?")
+_UNITS: Final = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE_ALLOWED: Final = 'a size such as "64MiB", "1GiB" or a number of bytes'
+_IMAGE_ALLOWED: Final = 'a path relative to the group file, "ram:SIZE" or "null:SIZE"'
+
+
+@dataclass(frozen=True, slots=True)
+class MemberConfig:
+    """One member, as it shall be served. `image` is absolute, or "ram:BYTES" or "null:BYTES"."""
+
+    id: int
+    type: str = "blk"
+    image: str = ""
+    read_only: bool = False
+    queues: int = 1
+    queue_size: int = 256
+    legacy: bool = True
+    blk_size: int = SECTOR
+    serial: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerConfig:
+    """The owner (the PF). Parsed and checked in this version, served by a later one."""
+
+    type: str
+    image: str
+    admin_queues: int = 1
+    vfio_user: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GroupConfig:
+    """A whole group file. `run_dir` is None when the default is meant (`default_run_dir`)."""
+
+    name: str
+    source: Path
+    run_dir: Path | None = None
+    strict: bool = False
+    feature_management: bool = False
+    workers: int | None = None
+    owner: OwnerConfig | None = None
+    members: tuple[MemberConfig, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What `check` found. `config` is None when there are problems; warnings alone don't stop a group."""
+
+    config: GroupConfig | None
+    problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+
+
+class _Wrong(Exception):
+    """A value that can't be taken: what was found and what is allowed."""
+
+    def __init__(self, found: str, allowed: str | None) -> None:
+        super().__init__(found)
+        self.found = found
+        self.allowed = allowed
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "64MiB", "1G", "512". Units are powers of 1024. Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{_show(text)} is not a size")
+    unit = (match[2] or "").removesuffix("iB")
+    return int(match[1]) * _UNITS[unit]
+
+
+def resolve_image(spec: str, base: Path, *, read_only: bool, blk_size: int = SECTOR) -> str:
+    """Check an image and return it in the form that the native half takes: absolute path, "ram:BYTES",
+    "null:BYTES".
+
+    Raises ValueError with a message that names what is allowed. Touches the file system.
+    """
+    try:
+        return _resolve_image(spec, base, read_only=read_only, blk_size=blk_size)
+    except _Wrong as wrong:
+        raise ValueError(wrong.found if wrong.allowed is None else f"{wrong.found}; allowed: {wrong.allowed}") from None
+
+
+def image_identity(image: str) -> tuple[int, int] | None:
+    """What makes two images the same one: device and inode (links and spellings don't matter). None for RAM
+    and null.
+    """
+    if image.startswith(("ram:", "null:")):
+        return None
+    try:
+        status = Path(image).stat()
+    except OSError:
+        return None
+    if stat.S_ISBLK(status.st_mode):
+        return (-1, status.st_rdev)
+    return (status.st_dev, status.st_ino)
+
+
+def load(path: Path) -> GroupConfig:
+    """Read a group file. Raises ConfigError with every problem it has."""
+    result = check(path)
+    if result.config is None:
+        raise ConfigError(result.problems)
+    return result.config
+
+
+def check(path: Path) -> CheckResult:
+    """Read a group file and return it with all problems and warnings; nothing that stands in it makes this
+    raise.
+    """
+    checker = _Checker(path)
+    config = checker.run()
+    # in the order of the file as it is usually written; the tables aren't read in that order
+    return CheckResult(
+        None if checker.problems else config,
+        tuple(sorted(checker.problems, key=_table_order)),
+        tuple(sorted(checker.warnings, key=_table_order)),
+    )
+
+
+def _table_order(problem: Problem) -> int:
+    tables = (None, "[group]", "[owner]")
+    return tables.index(problem.table) if problem.table in tables else len(tables)
+
+
+def parse_member(values: Mapping[str, Any], *, member_id: int, base: Path, label: str) -> MemberConfig:
+    """One member from the keys of a `[[members]]` table, without `count` and `id` (`member-add` over QMP).
+
+    Raises ConfigError. Touches the file system.
+    """
+    checker = _Checker(Path(label))
+    table = _Table(checker, None, values, _MEMBER_KEYS[2:])
+    members = list(checker.members_of(table, base, ids=range(member_id, member_id + 1)))
+    if checker.problems:
+        raise ConfigError(tuple(checker.problems))
+    return members[0]
+
+
+def _show(value: object) -> str:
+    """A TOML value for a message: short, quoted as it was written."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            text = value if len(value) <= 60 else value[:57] + "..."
+            return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + '"'
+        case int() | float():
+            # Python refuses to print integers of thousands of digits
+            return "a huge number" if isinstance(value, int) and value.bit_length() > 256 else str(value)
+        case dict():
+            return "a table"
+        case list():
+            return "an array"
+        case _:
+            return f"{value} (a {type(value).__name__})"
+
+
+def _or_list(words: Sequence[object]) -> str:
+    return ", ".join(str(word) for word in words)
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word.replace("-", "_").lower(), known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+_GROUP_KEYS: Final = ("name", "run_dir", "strict", "feature_management", "workers")
+_OWNER_KEYS: Final = ("type", "image", "admin_queues", "vfio_user")
+_MEMBER_KEYS: Final = (
+    "count",
+    "id",
+    "type",
+    "image",
+    "read_only",
+    "queues",
+    "queue_size",
+    "legacy",
+    "blk_size",
+    "serial",
+)
+_TABLES: Final = ("group", "owner", "members")
+
+
+class _Table:
+    """One TOML table being read: each taken key is checked, `finish` names those that nobody took."""
+
+    def __init__(self, checker: _Checker, name: str | None, values: Mapping[str, Any], known: Sequence[str]) -> None:
+        self.checker = checker
+        self.name = name
+        self.values = values
+        self.known = known
+        for key in values:
+            if key not in known:
+                self.problem(key, f"unknown key{_did_you_mean(key, known)}", _or_list(known))
+
+    def problem(self, key: str | None, found: str, allowed: str | None) -> None:
+        self.checker.problems.append(Problem(self.checker.path, self.name, key, found, allowed))
+
+    def warning(self, key: str | None, found: str, allowed: str | None) -> None:
+        self.checker.warnings.append(Problem(self.checker.path, self.name, key, found, allowed))
+
+    def missing(self, key: str, allowed: str) -> None:
+        self.problem(key, "missing", allowed)
+
+    def string(self, key: str, allowed: str) -> str | None:
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            self.problem(key, f"found {_show(value)}, not a string", allowed)
+            return None
+        if "\0" in value:
+            self.problem(key, "has a NUL character", allowed)
+            return None
+        return value
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            self.problem(key, f"found {_show(value)}", "true or false")
+            return default
+        return value
+
+    def integer(self, key: str, default: int | None, low: int, high: int) -> int | None:
+        value = self.values.get(key, default)
+        if value is None:
+            return None
+        # bool is an int to Python, not to whoever writes `queues = true`
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.problem(key, f"found {_show(value)}", f"an integer from {low} to {high}")
+            return default
+        return value
+
+    def one_of(self, key: str, default: int, choices: Sequence[int]) -> int:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value not in choices:
+            self.problem(key, f"found {_show(value)}", _or_list(choices))
+            return default
+        return value
+
+    def member_type(self) -> str | None:
+        allowed = _or_list([f'"{name}"' for name in MEMBER_TYPES])
+        value = self.string("type", allowed)
+        if value is None:
+            if "type" not in self.values:
+                self.missing("type", allowed)
+            return None
+        if value in LATER_TYPES:
+            self.problem("type", f'"{value}" members are not served by this version', allowed)
+            return None
+        if value not in MEMBER_TYPES:
+            hint = _did_you_mean(value, (*MEMBER_TYPES, *LATER_TYPES))
+            self.problem("type", f"found {_show(value)}{hint}", allowed)
+            return None
+        return value
+
+
+@dataclass(slots=True)
+class _Use:
+    """Who uses an image file, to find the same one given to two writers."""
+
+    owner: str
+    table: _Table
+    read_only: bool
+
+
+@dataclass(slots=True)
+class _Checker:
+    """Collects what is wrong with one group file."""
+
+    path: Path
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+    _uses: dict[tuple[int, int], _Use] = field(default_factory=dict)
+    _serials: dict[str, int] = field(default_factory=dict)
+    _ids: dict[int, str] = field(default_factory=dict)
+
+    def problem(self, table: str | None, key: str | None, found: str, allowed: str | None) -> None:
+        self.problems.append(Problem(self.path, table, key, found, allowed))
+
+    def run(self) -> GroupConfig | None:
+        document = self._read()
+        if document is None:
+            return None
+        base = self.path.absolute().parent
+        for key in document:
+            if key not in _TABLES:
+                kind = f"[{key}]" if isinstance(document[key], (dict, list)) else key
+                hint = _did_you_mean(key, _TABLES)
+                self.problem(None, None, f"unknown table or key {kind}{hint}", "[group], [owner], [[members]]")
+        owner = self._owner(document.get("owner"), base)
+        members = tuple(self._members(document.get("members"), base))
+        return self._group(document.get("group"), base, owner, members)
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            # O_NONBLOCK: a FIFO without a writer must not hang `validate`
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            self.problem(None, None, f"can't be opened: {os.strerror(error.errno or 0)}", None)
+            return None
+        except ValueError as error:
+            self.problem(None, None, f"can't be opened: {error}", None)
+            return None
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            os.close(fd)
+            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+            self.problem(None, None, f"is {kind}", "a TOML file")
+            return None
+        with os.fdopen(fd, "rb") as stream:
+            try:
+                data = stream.read(MAX_FILE + 1)
+            except OSError as error:
+                self.problem(None, None, f"can't be read: {os.strerror(error.errno or 0)}", None)
+                return None
+        if len(data) > MAX_FILE:
+            self.problem(None, None, f"is larger than {MAX_FILE >> 20} MiB", "a TOML group file, not an image")
+            return None
+        try:
+            return tomllib.loads(data.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            where = f"byte 0x{data[error.start]:02x} at offset {error.start} (line {line})"
+            self.problem(None, None, f"is not text: {where} is not UTF-8", "a TOML file in UTF-8")
+        except tomllib.TOMLDecodeError as error:
+            self.problem(None, None, f"TOML syntax: {error}", None)
+        except RecursionError:
+            self.problem(None, None, "TOML syntax: nested too deeply", None)
+        except ValueError as error:
+            # Python refuses to convert integers of thousands of digits
+            self.problem(None, None, f"TOML value: {error}", None)
+        return None
+
+    def _group(
+        self, values: object, base: Path, owner: OwnerConfig | None, members: tuple[MemberConfig, ...]
+    ) -> GroupConfig | None:
+        if not isinstance(values, dict):
+            found = "missing" if values is None else f"found {_show(values)}"
+            self.problem("[group]", None, found, "one [group] table with at least a name")
+            return None
+        table = _Table(self, "[group]", values, _GROUP_KEYS)
+        allowed = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+        name = table.string("name", allowed)
+        if "name" not in values:
+            table.missing("name", allowed)
+        elif name is not None and _NAME.fullmatch(name) is None:
+            table.problem("name", f"found {_show(name)}", allowed)
+            name = None
+        run_dir = table.string("run_dir", "a directory")
+        if run_dir == "":
+            table.problem("run_dir", 'found ""', "a directory")
+            run_dir = None
+        directory = None if run_dir is None else base / run_dir
+        strict = table.boolean("strict", False)
+        management = table.boolean("feature_management", False)
+        workers = table.integer("workers", None, 1, MAX_WORKERS)
+        if name is None:
+            return None
+        where = default_run_dir(name) if directory is None else directory
+        longest = where / socket_name(max(self._ids, default=1))
+        if too_long(longest):
+            key = "name" if directory is None else "run_dir"
+            table.problem(key, f"{longest} is too long for a Unix socket", f"paths of at most {SUN_PATH - 1} bytes")
+        if not members and not any(problem.table and "members" in problem.table for problem in self.problems):
+            self.warnings.append(
+                Problem(
+                    self.path,
+                    "[[members]]",
+                    None,
+                    "none: the group starts empty",
+                    "member-add adds some over QMP",
+                )
+            )
+        return GroupConfig(name, self.path, directory, strict, management, workers, owner, members)
+
+    def _owner(self, values: object, base: Path) -> OwnerConfig | None:
+        if values is None:
+            return None
+        if not isinstance(values, dict):
+            self.problem("[owner]", None, f"found {_show(values)}", "one [owner] table")
+            return None
+        table = _Table(self, "[owner]", values, _OWNER_KEYS)
+        kind = table.member_type()
+        admin_queues = table.integer("admin_queues", 1, 1, MAX_ADMIN_QUEUES)
+        vfio_user = table.boolean("vfio_user", False)
+        image = table.string("image", _IMAGE_ALLOWED)
+        if "image" not in values:
+            table.missing("image", _IMAGE_ALLOWED)
+        resolved = ""
+        if image is not None:
+            try:
+                resolved = _resolve_image(image, base, read_only=False)
+                self._claim(resolved, "the owner", table, read_only=False)
+            except _Wrong as wrong:
+                table.problem("image", wrong.found, wrong.allowed)
+        return OwnerConfig(kind or "", resolved, admin_queues or 1, vfio_user)
+
+    def _members(self, values: object, base: Path) -> Iterator[MemberConfig]:
+        if values is None:
+            return
+        if isinstance(values, dict):
+            self.problem("[members]", None, "found one table", "[[members]], with two brackets: a list of tables")
+            return
+        if not isinstance(values, list):
+            self.problem("members", None, f"found {_show(values)}", "[[members]], a list of tables")
+            return
+        next_id = 1
+        total = 0
+        for number, entry in enumerate(values, 1):
+            name = f"[[members]] #{number}"
+            if not isinstance(entry, dict):
+                self.problem(name, None, f"found {_show(entry)}", "a table")
+                continue
+            table = _Table(self, name, entry, _MEMBER_KEYS)
+            count = table.integer("count", 1, 1, MAX_MEMBERS) or 1
+            first = table.integer("id", next_id, 1, MAX_MEMBER_ID) or next_id
+            last = first + count - 1
+            total += count
+            if last > MAX_MEMBER_ID or total > MAX_MEMBERS:
+                key = "count" if "count" in entry else "id"
+                table.problem(
+                    key, f"member ids {first} to {last}, {total} members so far", f"ids up to {MAX_MEMBER_ID}"
+                )
+                continue
+            taken = next((n for n in range(first, last + 1) if n in self._ids), None)
+            if taken is not None:
+                table.problem("id", f"member id {taken} is already taken by {self._ids[taken]}", "an id of its own")
+            ids = range(first, last + 1)
+            self._ids.update((n, name) for n in ids)
+            next_id = max(self._ids) + 1
+            yield from self.members_of(table, base, ids=ids)
+
+    def members_of(self, table: _Table, base: Path, *, ids: range) -> Iterator[MemberConfig]:
+        """The members of one table, `{n}` replaced. Problems go to the table; members are still produced."""
+        kind = table.member_type()
+        read_only = table.boolean("read_only", False)
+        queues = table.integer("queues", 1, 1, MAX_QUEUES) or 1
+        legacy = table.boolean("legacy", True)
+        queue_size = table.one_of("queue_size", 256, QUEUE_SIZES)
+        if legacy and queue_size > LEGACY_QUEUE_SIZE:
+            table.warning(
+                "queue_size",
+                f"found {queue_size}: SeaBIOS and iPXE refuse a legacy device with a larger queue than "
+                f"{LEGACY_QUEUE_SIZE}",
+                f"up to {LEGACY_QUEUE_SIZE}, or legacy = false",
+            )
+        blk_size = table.one_of("blk_size", SECTOR, BLK_SIZES)
+        serial = table.string("serial", f"up to {SERIAL_BYTES} printable ASCII characters") or ""
+        image = table.string("image", _IMAGE_ALLOWED)
+        if "image" not in table.values and kind is not None:
+            table.missing("image", _IMAGE_ALLOWED)
+        template = MemberConfig(ids[0], kind or "", "", read_only, queues, queue_size, legacy, blk_size, serial="")
+        failed = 0
+        for member_id in ids:
+            resolved = ""
+            name = self._serial(table, serial, member_id) if serial else ""
+            if image is not None:
+                try:
+                    text = _expand(image, member_id)
+                    resolved = _resolve_image(text, base, read_only=read_only, blk_size=blk_size)
+                    self._claim(resolved, f"member {member_id}", table, read_only=read_only)
+                except _Wrong as wrong:
+                    failed += 1
+                    if failed <= REPORTED_PER_TABLE:
+                        table.problem("image", wrong.found, wrong.allowed)
+            yield replace(template, id=member_id, image=resolved, serial=name)
+        if failed > REPORTED_PER_TABLE:
+            table.problem(
+                "image", f"{failed - REPORTED_PER_TABLE} more members of this table have such a problem", None
+            )
+
+    def _serial(self, table: _Table, pattern: str, member_id: int) -> str:
+        serial = pattern.replace("{n}", str(member_id))
+        if len(serial.encode("utf-8", "replace")) > SERIAL_BYTES or not (serial.isascii() and serial.isprintable()):
+            self._once(table, "serial", f"found {_show(serial)}", f"up to {SERIAL_BYTES} printable ASCII characters")
+            return ""
+        other = self._serials.setdefault(serial, member_id)
+        if other != member_id:
+            hint = "a serial of its own for each member; {n} is the member number"
+            self._once(table, "serial", f"{_show(serial)} is given to members {other} and {member_id}", hint)
+        return serial
+
+    def _once(self, table: _Table, key: str, found: str, allowed: str) -> None:
+        if not any(problem.table == table.name and problem.key == key for problem in self.problems):
+            table.problem(key, found, allowed)
+
+    def _claim(self, image: str, owner: str, table: _Table, *, read_only: bool) -> None:
+        identity = image_identity(image)
+        if identity is None:
+            return
+        other = self._uses.setdefault(identity, _Use(owner, table, read_only))
+        if other.owner != owner and not (other.read_only and read_only):
+            raise _Wrong(
+                f"{image} is used by {other.owner} and {owner}",
+                "one writer for each image ({n} is the member number), or read_only = true for all",
+            )
+
+
+def _expand(image: str, member_id: int) -> str:
+    text = image.replace("{n}", str(member_id))
+    # only the braces that look meant: a real file may have any name
+    unknown = re.search(r"\{[A-Za-z0-9_:]{0,16}\}", text)
+    if unknown is not None and not image.startswith(("ram:", "null:")):
+        raise _Wrong(f"{_show(image)} has an unknown placeholder {unknown[0]}", "{n}, the member number")
+    return text
+
+
+def _resolve_image(spec: str, base: Path, *, read_only: bool, blk_size: int = SECTOR) -> str:
+    kind, separator, rest = spec.partition(":")
+    if separator and kind in ("ram", "null"):
+        try:
+            size = parse_size(rest)
+        except ValueError:
+            raise _Wrong(f"found {_show(spec)}", f'"{kind}:SIZE" with {_SIZE_ALLOWED}') from None
+        _check_size(size, _show(spec), blk_size)
+        return f"{kind}:{size}"
+    if spec == "":
+        raise _Wrong('found ""', _IMAGE_ALLOWED)
+    if "\0" in spec:
+        raise _Wrong("has a NUL character", _IMAGE_ALLOWED)
+    try:
+        path = base / spec
+        size = _file_size(path, read_only=read_only)
+    except OSError as error:
+        hint = None
+        if error.errno == errno.ENOENT:
+            hint = _IMAGE_ALLOWED
+            if separator and not os.path.lexists(base / spec):
+                hint = f'{_IMAGE_ALLOWED} (there is no image type "{kind}:")'
+        reason = {errno.ENOENT: "no such file", errno.EACCES: "permission denied"}.get(
+            error.errno or 0, os.strerror(error.errno or 0)
+        )
+        what = "" if read_only or error.errno != errno.EACCES else " (opened for writing; read_only = true reads only)"
+        raise _Wrong(f"{base / spec}: {reason}{what}", hint) from None
+    except UnicodeEncodeError:
+        raise _Wrong(f"found {_show(spec)}", _IMAGE_ALLOWED) from None
+    _check_size(size, str(path), blk_size)
+    return str(path.absolute())
+
+
+def _file_size(path: Path, *, read_only: bool) -> int:
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise _Wrong(f"{path} is a directory", "a raw image file or a block device")
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        raise _Wrong(f"{path} is neither a file nor a block device", "a raw image file or a block device")
+    # opening is the only honest test: access() doesn't see read-only file systems of the effective user
+    fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
+
+
+def _check_size(size: int, what: str, blk_size: int) -> None:
+    unit = max(SECTOR, blk_size)
+    if size == 0:
+        raise _Wrong(f"{what} is empty", f"at least {unit} bytes")
+    if size % unit:
+        raise _Wrong(f"the size of {what} is {size} bytes", f"a multiple of {unit} bytes")
+    if size > MAX_IMAGE:
+        raise _Wrong(f"the size of {what} is {size} bytes", f"at most {MAX_IMAGE} bytes")

@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""The commands and events of a group on its QMP server. `docs/QMP.md` describes them for who uses them.
+
+Keys are spelled with '-' on the wire and with '_' in Python, values are the same.
+
+`query-member` can show QEMU's side of the same queues. Of QEMU's `x-query-virtio*` family only two commands
+are safe to ask of a running vhost-user device: `x-query-virtio-status` aborts QEMU 11.1, and `x-query-virtio-
+queue-status` makes QEMU send GET_VRING_BASE, which stops the ring it asks about. `x-query-virtio-vhost-queue-
+status` and `x-query-virtio-queue-element` only read QEMU's own state and guest memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+import trio
+import trio_asyncio  # type: ignore[import-untyped]
+from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+
+from . import __version__
+from .errors import GroupError, single
+from .group import Group, GroupEvent
+from .qmp import (
+    ANY,
+    BOOL,
+    INT,
+    NUMBER,
+    STR,
+    Array,
+    CommandError,
+    Enum,
+    Object,
+    QMPServer,
+    Registry,
+    Reply,
+    Version,
+    nullable,
+)
+
+__all__ = ["EVENTS", "kebab", "make_registry", "serve_qmp"]
+
+# what its loggers report as errors is raised here anyway, with more to go by
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+
+QEMU_TIMEOUT: Final = 5.0
+"""Seconds for QEMU's greeting; a monitor that another client holds never sends one."""
+QEMU_TOTAL: Final = 20.0
+
+# --- types -------------------------------------------------------------------------------------------------
+
+PROBLEM: Final = Object({"rule": STR, "reason": STR, "queue": nullable(INT)})
+BITS: Final = Object({"value": INT, "names": Array(STR)})
+STATE: Final = Enum(("detached", "attached", "running", "broken", "draining"))
+LAYOUT: Final = Enum(("legacy", "modern"))
+IMAGE: Final = Object({"spec": STR, "kind": Enum(("file", "ram", "null")), "size": INT, "read-only": BOOL})
+
+GROUP: Final = Object(
+    {
+        "name": STR,
+        "source": STR,
+        "run-dir": STR,
+        "qmp": STR,
+        "pid": INT,
+        "engine": Enum(("native", "rust-vmm")),
+        "strict": BOOL,
+        "feature-management": BOOL,
+        "members": INT,
+        "attached": INT,
+        "started-at": NUMBER,
+    }
+)
+
+SUMMARY: Final = Object(
+    {
+        "id": INT,
+        "type": STR,
+        "legacy": BOOL,
+        "state": STATE,
+        "driver-mode": nullable(LAYOUT),
+        "broken": nullable(PROBLEM),
+        "connections": INT,
+        "queues": INT,
+        "queue-size": INT,
+        "running-queues": INT,
+        "served": INT,
+        "errors": INT,
+        "image": IMAGE,
+        "vhost-user": STR,
+        "peer-pid": nullable(INT),
+    }
+)
+
+QUEUE: Final = Object(
+    {
+        "index": INT,
+        "size": INT,
+        "max-size": INT,
+        "started": BOOL,
+        "enabled": BOOL,
+        "running": BOOL,
+        "worker": nullable(INT),
+        "layout": nullable(LAYOUT),
+        "desc": INT,
+        "driver": INT,
+        "device": INT,
+        "avail-idx": nullable(INT),
+        "used-idx": nullable(INT),
+        "last-avail-idx": INT,
+        "in-flight": INT,
+        "kicks": INT,
+        "calls": INT,
+        "requests": INT,
+        "errors": INT,
+        "event-idx": BOOL,
+        "indirect": BOOL,
+    }
+)
+
+QEMU_QUEUE: Final = Object(
+    {
+        "index": INT,
+        "num": nullable(INT),
+        "desc-phys": nullable(INT),
+        "avail-phys": nullable(INT),
+        "used-phys": nullable(INT),
+        "avail-idx": nullable(INT),
+        "used-idx": nullable(INT),
+        "problem": nullable(STR),
+    }
+)
+QEMU: Final = Object({"version": STR, "qom-path": STR, "started": BOOL, "queues": Array(QEMU_QUEUE)})
+
+REQUESTS: Final = Object(
+    {
+        "in": INT,
+        "out": INT,
+        "flush": INT,
+        "get-id": INT,
+        "discard": INT,
+        "write-zeroes": INT,
+        "unsupported": INT,
+        "failed": INT,
+        "bytes-read": INT,
+        "bytes-written": INT,
+    }
+)
+CONNECTION: Final = Object(
+    {"connected": BOOL, "peer-pid": nullable(INT), "messages": INT, "connections": INT, "refused": INT}
+)
+
+MEMBER: Final = Object(
+    {
+        "id": INT,
+        "type": STR,
+        "legacy": BOOL,
+        "state": STATE,
+        "broken": nullable(PROBLEM),
+        "last-error": nullable(PROBLEM),
+        "connections": INT,
+        "device-features": BITS,
+        "driver-features": BITS,
+        "protocol-features": BITS,
+        "driver-mode": nullable(LAYOUT),
+        "status": BITS,
+        "queues": Array(QUEUE),
+        "memory": Array(Object({"guest-address": INT, "size": INT, "user-address": INT, "mmap-offset": INT})),
+        "config": ANY,
+        "image": IMAGE,
+        "requests": REQUESTS,
+        "vhost-user": STR,
+        "peer-pid": nullable(INT),
+        "connection": nullable(CONNECTION),
+        "*qemu": QEMU,
+    }
+)
+
+STATISTICS: Final = Object(
+    {
+        "uptime": NUMBER,
+        "members": INT,
+        "events": INT,
+        "fds": Object({"used": INT, "limit": INT}),
+        "requests": REQUESTS,
+        "pool": ANY,
+        "qmp": Object(
+            {
+                "clients": INT,
+                "accepted": INT,
+                "refused": INT,
+                "dropped": INT,
+                "commands": INT,
+                "errors": INT,
+                "events": INT,
+            }
+        ),
+    }
+)
+
+MEMBER_ADD: Final = Object(
+    {
+        "type": STR,
+        "image": STR,
+        "*id": INT,
+        "*read-only": BOOL,
+        "*queues": INT,
+        "*queue-size": INT,
+        "*legacy": BOOL,
+        "*blk-size": INT,
+        "*serial": STR,
+    }
+)
+
+EVENTS: Final[Mapping[str, tuple[str, Object]]] = {
+    "connected": ("MEMBER_CONNECTED", Object({"id": INT, "peer-pid": nullable(INT)})),
+    "disconnected": ("MEMBER_DISCONNECTED", Object({"id": INT, "reason": STR})),
+    "status": ("MEMBER_STATUS_CHANGE", Object({"id": INT, "old": INT, "new": INT})),
+    "broken": ("MEMBER_BROKEN", Object({"id": INT, "rule": STR, "reason": STR, "queue": nullable(INT)})),
+    "added": ("MEMBER_ADDED", Object({"id": INT, "type": STR})),
+    "deleted": ("MEMBER_DELETED", Object({"id": INT})),
+    "config": ("MEMBER_CONFIG_CHANGE", Object({"id": INT})),
+}
+"""Kinds of `GroupEvent` and what they are on the wire."""
+
+
+def kebab(value: Any) -> Any:
+    """The same value with '-' for '_' in the keys of all its objects."""
+    match value:
+        case dict():
+            return {str(key).replace("_", "-"): kebab(item) for key, item in value.items()}
+        case list() | tuple():
+            return [kebab(item) for item in value]
+        case _:
+            return value
+
+
+async def serve_qmp(group: Group, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Serve the group over QMP at `group.qmp_path` until cancelled. Raises OSError when the socket can't be
+    bound.
+    """
+    server = QMPServer(registry := make_registry(group), group.qmp_path)
+    commands = _Commands(group, server)
+    registry.add("query-statistics", commands.query_statistics, returns=STATISTICS)
+
+    def forward(event: GroupEvent) -> None:
+        name, data = EVENTS[event.kind]
+        known = data.fields()
+        values = {key: value for key, value in kebab(event.data).items() if key in known}
+        server.emit(name, {"id": event.member, **values})
+
+    end = group.subscribe(forward)
+    try:
+        await server.run(task_status=task_status)
+    finally:
+        end()
+
+
+def make_registry(group: Group) -> Registry:
+    """The commands and events of a group, all but `query-statistics`, which needs the server itself."""
+    numbers = [int(part) if part.isdigit() else 0 for part in [*__version__.split("."), "0", "0"][:3]]
+    registry = Registry(Version(numbers[0], numbers[1], numbers[2], f"vhu-legacy {__version__}"))
+    commands = _Commands(group, None)
+    by_id = Object({"id": INT})
+    registry.add("query-group", commands.query_group, returns=GROUP)
+    registry.add("query-members", commands.query_members, returns=Array(SUMMARY))
+    registry.add(
+        "query-member",
+        commands.query_member,
+        arguments=Object({"id": INT, "*qemu-qmp": STR, "*qom-path": STR}),
+        returns=MEMBER,
+    )
+    registry.add(
+        "member-add",
+        commands.member_add,
+        arguments=MEMBER_ADD,
+        returns=Object({"id": INT, "vhost-user": STR}),
+    )
+    registry.add("member-del", commands.member_del, arguments=Object({**by_id.members, "*force": BOOL}))
+    registry.add(
+        "member-modify",
+        commands.member_modify,
+        arguments=Object({**by_id.members, "*image": STR, "*size": INT, "*read-only": BOOL}),
+        returns=Object({"driver-told": BOOL}),
+    )
+    registry.add("quit", commands.quit)
+    for name, data in EVENTS.values():
+        registry.add_event(name, data)
+    return registry
+
+
+class _Commands:
+    """One method for each command; a GroupError is what the client did wrong, so it gets its text."""
+
+    def __init__(self, group: Group, server: QMPServer | None) -> None:
+        self._group = group
+        self._server = server
+
+    def _known(self, member_id: int) -> int:
+        if member_id not in self._group.member_ids:
+            raise CommandError(f"Member {member_id} not found", "DeviceNotFound")
+        return member_id
+
+    async def query_group(self) -> object:
+        return kebab(self._group.query_group())
+
+    async def query_members(self) -> object:
+        return kebab(self._group.query_members())
+
+    async def query_member(self, id: int, qemu_qmp: str | None = None, qom_path: str | None = None) -> object:
+        answer = kebab(self._group.query_member(self._known(id)))
+        if qom_path is not None and qemu_qmp is None:
+            raise CommandError("Parameter 'qom-path' needs 'qemu-qmp'")
+        if qemu_qmp is not None:
+            answer["qemu"] = await ask_qemu(qemu_qmp, qom_path, answer)
+        return answer
+
+    async def query_statistics(self) -> object:
+        assert self._server is not None
+        values = await self._group.query_statistics()
+        return kebab({**values, "qmp": dataclasses.asdict(self._server.statistics())})
+
+    async def member_add(self, *, id: int | None = None, **values: Any) -> object:
+        try:
+            config = await self._group.parse_member(values, id)
+            path = await self._group.member_add(config)
+        except GroupError as error:
+            raise CommandError(str(error)) from error
+        return {"id": config.id, "vhost-user": str(path)}
+
+    async def member_del(self, id: int, force: bool = False) -> object:
+        try:
+            await self._group.member_del(self._known(id), force=force)
+        except GroupError as error:
+            raise CommandError(str(error)) from error
+        return {}
+
+    async def member_modify(
+        self, id: int, image: str | None = None, size: int | None = None, read_only: bool | None = None
+    ) -> object:
+        try:
+            told = await self._group.member_modify(self._known(id), image=image, size=size, read_only=read_only)
+        except GroupError as error:
+            raise CommandError(str(error)) from error
+        return {"driver-told": told}
+
+    async def quit(self) -> object:
+        return Reply({}, self._group.request_stop)
+
+
+# --- QEMU's side -------------------------------------------------------------------------------------------
+
+
+async def ask_qemu(qmp: str, qom_path: str | None, member: Mapping[str, Any]) -> dict[str, Any]:
+    """What QEMU knows of the queues of the device that this member (an answer of `query-member`) serves.
+
+    Raises CommandError when QEMU can't be reached, or has no such device. Cancellation disconnects from QEMU.
+    """
+    try:
+        with trio.fail_after(QEMU_TOTAL):
+            async with trio_asyncio.open_loop():
+                answer: dict[str, Any] = await trio_asyncio.aio_as_trio(_ask_qemu)(qmp, qom_path, member)
+                return answer
+    except trio.TooSlowError:
+        raise CommandError(f"QEMU at {qmp}: no answer within {QEMU_TOTAL:.0f} s") from None
+    except BaseExceptionGroup as errors:
+        # the loop's nurseries wrap what was raised in it
+        error = single(errors)
+        raise error from error.__cause__
+
+
+async def _ask_qemu(qmp: str, qom_path: str | None, member: Mapping[str, Any]) -> dict[str, Any]:
+    """The asyncio side of `ask_qemu`."""
+    client = QMPClient("vhu-legacy")
+    try:
+        try:
+            await asyncio.wait_for(client.connect(qmp), QEMU_TIMEOUT)
+        except TimeoutError:
+            hint = "is another client connected to it? give QEMU one more -qmp"
+            raise CommandError(f"QEMU at {qmp}: no greeting within {QEMU_TIMEOUT:.0f} s; {hint}") from None
+        try:
+            return await _query_queues(client, qom_path, member)
+        finally:
+            await client.disconnect()
+    except ExecuteError as error:
+        raise CommandError(f"QEMU at {qmp}: {error}") from error
+    except ConnectError as error:
+        reason = getattr(error.exc, "strerror", None) or str(error.exc) or type(error.exc).__name__
+        raise CommandError(f"QEMU at {qmp}: {reason}") from error
+    except (QMPError, OSError, EOFError) as error:
+        raise CommandError(f"QEMU at {qmp}: {str(error) or type(error).__name__}") from error
+
+
+async def _query_queues(client: QMPClient, qom_path: str | None, member: Mapping[str, Any]) -> dict[str, Any]:
+    devices = [device["path"] for device in await _execute(client, "x-query-virtio")]
+    if qom_path is None:
+        path = await _find_device(client, devices, member)
+    else:
+        # the PCI proxy is what people name; the virtio device is its child
+        named = [p for p in (qom_path, f"{qom_path}/virtio-backend") if p in devices]
+        if not named:
+            raise CommandError(f"QEMU has no realized virtio device at {qom_path}; it has {', '.join(devices)}")
+        path = named[0]
+    entries = [await _query_queue(client, path, index) for index in range(len(member["queues"]))]
+    qemu = (await _execute(client, "query-version"))["qemu"]
+    return {
+        "version": "{major}.{minor}.{micro}".format(**qemu),
+        "qom-path": path,
+        "started": any(entry["num"] is not None for entry in entries),
+        "queues": entries,
+    }
+
+
+async def _find_device(client: QMPClient, devices: list[str], member: Mapping[str, Any]) -> str:
+    """The device that this member serves.
+
+    QEMU doesn't tell the path that a client socket is connected to. Where its rings are in guest memory both
+    sides know, and no two devices have theirs at the same place. A lone vhost-user device needs no such
+    proof.
+    """
+    candidates = []
+    for path in devices:
+        try:
+            await _execute(client, "qom-get", {"path": path, "property": "chardev"})
+        except ExecuteError:
+            continue
+        candidates.append(path)
+    if len(candidates) == 1:
+        return candidates[0]
+    ours = {_guest_address(member, queue["desc"]) for queue in member["queues"] if queue["started"]} - {None}
+    for path in candidates:
+        if (await _query_queue(client, path, 0))["desc-phys"] in ours:
+            return path
+    raise CommandError(
+        f"can't tell which of QEMU's {len(candidates)} vhost-user devices is member {member['id']}; use 'qom-path'"
+    )
+
+
+def _guest_address(member: Mapping[str, Any], user_address: int) -> int | None:
+    """A front-end address as a guest-physical one, by the memory table that the front end sent."""
+    for region in member["memory"]:
+        offset: int = user_address - region["user-address"]
+        if 0 <= offset < region["size"]:
+            return int(region["guest-address"]) + offset
+    return None
+
+
+async def _query_queue(client: QMPClient, path: str, index: int) -> dict[str, Any]:
+    where = {"path": path, "queue": index}
+    entry: dict[str, Any] = dict.fromkeys(key for key, _ in QEMU_QUEUE.fields().items())
+    entry["index"] = index
+    try:
+        vhost = await _execute(client, "x-query-virtio-vhost-queue-status", where)
+        for key in ("num", "desc-phys", "avail-phys", "used-phys"):
+            entry[key] = vhost[key]
+        element = await _execute(client, "x-query-virtio-queue-element", where)
+        entry["avail-idx"] = element["avail"]["idx"]
+        entry["used-idx"] = element["used"]["idx"]
+    except ExecuteError as error:
+        entry["problem"] = str(error)
+    return entry
+
+
+async def _execute(client: QMPClient, command: str, arguments: dict[str, object] | None = None) -> Any:
+    return await asyncio.wait_for(client.execute(command, arguments), QEMU_TIMEOUT)

@@ -1,0 +1,927 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+"""Real guests, and the group process that serves their disks: a stock kernel under a stock QEMU whose disks
+are vhost-user members.
+
+`boot` runs one task in a fresh guest and returns what the guest saw. `open_vm` gives a running `Vm` to work
+with: commands to the guest, QMP to its QEMU, hot-plug and unplug.
+
+The guest runs images/init, which prints JSON lines on its second serial port and takes commands there; the
+first one carries the kernel's console, so a kernel message never tears a line apart. Both end up in files of
+the VM's log directory. QEMU gets its end of the control and QMP connections as inherited socket pairs: no
+socket files, nothing to clean up, no race to connect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import random
+import secrets
+import shlex
+import shutil
+import signal
+import socket as stdlib_socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+import trio
+import trio_asyncio  # type: ignore[import-untyped]
+from qemu.qmp import ExecuteError, QMPClient, QMPError
+
+from . import images
+from .errors import GuestError
+
+Mode: TypeAlias = Literal["legacy", "transitional", "modern"]
+MODES: Final[tuple[Mode, ...]] = ("legacy", "transitional", "modern")
+TASKS: Final = ("verify", "reboot", "rw-loop")
+
+HOST_KIB: Final = 1024
+GUEST_KIB: Final = 4096
+MIN_IMAGE_BYTES: Final = (HOST_KIB + GUEST_KIB + 4) * 1024
+"""An image must be at least this big for the guest's checks with the default areas."""
+
+_MODE_FLAGS: Final[dict[Mode, str]] = {
+    "legacy": "disable-modern=on,disable-legacy=off",
+    "transitional": "disable-modern=off,disable-legacy=off",
+    "modern": "disable-modern=off,disable-legacy=on",
+}
+_TAIL_LINES = 15
+_LINE_LIMIT = 1 << 16
+_KEPT_LOGS = 20
+
+Message: TypeAlias = dict[str, Any]
+
+
+class GuestWedgedError(GuestError):
+    """The guest made no progress within the bound (it neither failed nor finished)."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One vhost-user-blk-pci device.
+
+    `queues` is always given to QEMU: by default it takes one per CPU and fails when the back end has fewer.
+    """
+
+    socket: Path
+    mode: Mode = "modern"
+    id: str = "disk0"
+    queues: int = 1
+    reconnect: bool = True
+
+
+@dataclass(frozen=True)
+class VmConfig:
+    """What to start. `qemu` None is the machine's own QEMU; `task` is one of images/init's."""
+
+    disks: tuple[Disk, ...] = ()
+    kernel: str = "6.12"
+    qemu: str | None = None
+    machine: Literal["q35", "pc"] = "q35"
+    task: str = "idle"
+    memory_mib: int = 256
+    cpus: int = 1
+    hotplug_ports: int = 0
+    host_kib: int = HOST_KIB
+    guest_kib: int = GUEST_KIB
+    run: str = field(default_factory=lambda: secrets.token_hex(8))
+    log_dir: Path | None = None
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GuestResult:
+    """What one guest did and saw.
+
+    `driver_mode` is the guest driver's own view (VERSION_1 acknowledged or not). The sums are SHA-256 of the
+    areas as the guest read them; compare them with the image by :func:`area_sum`.
+    """
+
+    kernel: str
+    release: str
+    qemu: str
+    mode: Mode
+    task: str
+    driver_mode: str
+    features: int
+    disk_bytes: int
+    read_only: bool
+    boots: int
+    rounds: int
+    seconds_to_first_line: float
+    seconds: float
+    host_sum: str
+    host_offset: int
+    host_bytes: int
+    guest_sum: str | None
+    guest_offset: int
+    guest_bytes: int
+    console_log: Path
+
+
+def _option(value: object) -> str:
+    # QEMU's option syntax: a comma inside a value is doubled.
+    return str(value).replace(",", ",,")
+
+
+def device_arguments(disk: Disk, qemu: images.QemuCommand, bus: str | None = None) -> list[str]:
+    """QEMU's arguments for one disk, as that version wants them."""
+    chardev = f"socket,id=char-{disk.id},path={_option(disk.socket)}"
+    if disk.reconnect:
+        chardev += f",{_reconnect_key(qemu)}={_reconnect_value(qemu)}"
+    device = f"vhost-user-blk-pci,id={disk.id},chardev=char-{disk.id},num-queues={disk.queues}"
+    device += f",{_MODE_FLAGS[disk.mode]}" + (f",bus={bus}" if bus is not None else "")
+    return ["-chardev", chardev, "-device", device]
+
+
+def _reconnect_key(qemu: images.QemuCommand) -> str:
+    # reconnect-ms came with 9.2; reconnect (seconds) went away after 10.x.
+    return "reconnect-ms" if qemu.series >= (10, 0) else "reconnect"
+
+
+def _reconnect_value(qemu: images.QemuCommand) -> int:
+    return 200 if qemu.series >= (10, 0) else 1
+
+
+def vm_arguments(config: VmConfig, qemu: images.QemuCommand, kernel: images.GuestKernel, log_dir: Path) -> list[str]:
+    """QEMU's whole command line but for the inherited control and QMP sockets."""
+    ports: list[str] = []
+    if config.machine == "q35":
+        for number in range(config.hotplug_ports):
+            # An I/O window of its own: a legacy device that comes later needs one.
+            port = f"pcie-root-port,id=port{number},chassis={number + 1},slot={number + 1},io-reserve=4k"
+            ports += ["-device", port]
+    append = " ".join(
+        [
+            "console=ttyS0 loglevel=5 panic=-1 no_timer_check tsc=unstable random.trust_cpu=on",
+            f"vhu.port=ttyS1 vhu.task={config.task} vhu.disks={len(config.disks)} vhu.run={config.run}",
+            f"vhu.host={config.host_kib} vhu.guest={config.guest_kib}",
+        ]
+    )
+    argv = [*qemu.argv, "-nodefaults", "-no-user-config", "-display", "none"]
+    argv += ["-machine", f"{config.machine},accel=tcg,memory-backend=ram"]
+    # vhost-user needs guest memory that can be handed over as an fd.
+    argv += ["-object", f"memory-backend-memfd,id=ram,size={config.memory_mib}M,share=on"]
+    argv += ["-m", f"{config.memory_mib}M", "-smp", str(config.cpus)]
+    argv += ["-kernel", str(kernel.vmlinuz), "-initrd", str(kernel.initramfs), "-append", append]
+    argv += [
+        "-chardev",
+        f"file,id=console,path={_option(log_dir / 'console.log')}",
+        "-serial",
+        "chardev:console",
+    ]
+    argv += ["-serial", "chardev:control", "-mon", "chardev=qmp,mode=control"]
+    if config.task == "verify":
+        # A panic or an unexpected reboot ends QEMU instead of starting over.
+        argv += ["-no-reboot"]
+    argv += ports
+    for disk in config.disks:
+        argv += device_arguments(disk, qemu)
+    return [*argv, *config.extra]
+
+
+class _Qmp:
+    """qemu.qmp's client under trio, in the asyncio loop that is current when it is made."""
+
+    def __init__(self, name: str) -> None:
+        self._client = QMPClient(name)
+        # Kept: a caller may sit inside another VM's loop when it uses this one.
+        self._loop = trio_asyncio.current_loop.get()
+
+    async def connect(self, address: str | stdlib_socket.socket, timeout: float) -> None:
+        """Raises what qemu.qmp raises, or :class:`trio.TooSlowError`."""
+        with trio.fail_after(timeout):
+            await trio_asyncio.aio_as_trio(self._client.connect, loop=self._loop)(address)
+
+    async def execute(self, command: str, arguments: dict[str, object] | None, timeout: float) -> Any:
+        """Raises what qemu.qmp raises, or :class:`trio.TooSlowError`."""
+        with trio.fail_after(timeout):
+            return await trio_asyncio.aio_as_trio(self._client.execute, loop=self._loop)(command, arguments)
+
+    @contextlib.contextmanager
+    def events(self, *names: str) -> Iterator[Callable[[], Awaitable[dict[str, Any]]]]:
+        """Within the context, calling the result waits for the next of these events."""
+        with self._client.listener(names) as listener:
+            yield trio_asyncio.aio_as_trio(listener.get, loop=self._loop)
+
+    async def close(self) -> None:
+        """Bounded; errors of a connection that is gone already don't matter."""
+        with trio.move_on_after(2), contextlib.suppress(Exception):
+            await trio_asyncio.aio_as_trio(self._client.disconnect, loop=self._loop)()
+
+
+class Vm:
+    """A running guest; made by :func:`open_vm`.
+
+    Its methods raise :class:`GuestError` with the end of the console log when the guest or its QEMU fails,
+    and :class:`GuestWedgedError` when a bound runs out. All of them can be cancelled; the VM stays usable,
+    except that the answer to a cancelled command is dropped when it comes.
+    """
+
+    def __init__(
+        self,
+        config: VmConfig,
+        qemu: images.QemuCommand,
+        kernel: images.GuestKernel,
+        log_dir: Path,
+        on_message: Callable[[Message], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.qemu = qemu
+        self.kernel = kernel
+        self.log_dir = log_dir
+        self.messages: list[Message] = []
+        self.started = trio.current_time()
+        self.first_message: float | None = None
+        self._on_message = on_message
+        self._changed = trio.Event()
+        self._process: trio.Process | None = None
+        self._control: trio.SocketStream | None = None
+        self._client: _Qmp | None = None
+        self._exit_status: int | None = None
+        self._exited = trio.Event()
+        self._commands = 0
+        self._plugged: dict[str, str] = {}
+
+    # -- start and stop
+
+    @property
+    def console_log(self) -> Path:
+        """The kernel's console."""
+        return self.log_dir / "console.log"
+
+    @property
+    def pid(self) -> int | None:
+        """QEMU's process id while it runs."""
+        return self._process.pid if self._process is not None and self._exit_status is None else None
+
+    async def _start(self, nursery: trio.Nursery) -> None:
+        argv = vm_arguments(self.config, self.qemu, self.kernel, self.log_dir)
+        control, control_peer = stdlib_socket.socketpair()
+        qmp, qmp_peer = stdlib_socket.socketpair()
+        try:
+            fds = (control_peer.fileno(), qmp_peer.fileno())
+            argv += ["-chardev", f"socket,id=control,fd={fds[0]}", "-chardev", f"socket,id=qmp,fd={fds[1]}"]
+            await trio.Path(self.log_dir / "command").write_text(shlex.join(argv) + "\n")
+            output = await trio.to_thread.run_sync(_open_log, self.log_dir / "qemu.log")
+            try:
+                self._process = await trio.lowlevel.open_process(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=fds,
+                    # Ctrl-C goes to us, who then stop QEMU in order.
+                    start_new_session=True,
+                    env={**os.environ, **self.qemu.env},
+                )
+            except OSError as error:
+                raise GuestError(f"cannot start {argv[0]}: {error}") from error
+            finally:
+                os.close(output)
+            self._control = trio.SocketStream(trio.socket.from_stdlib_socket(control))
+        except BaseException:
+            control.close()
+            qmp.close()
+            raise
+        finally:
+            control_peer.close()
+            qmp_peer.close()
+        nursery.start_soon(self._reap)
+        nursery.start_soon(self._read_control)
+        self._client = _Qmp(f"vm-{self._process.pid}")
+        try:
+            await self._client.connect(qmp, 30)
+        except trio.TooSlowError:
+            raise self._error(GuestWedgedError, "QEMU did not answer on QMP within 30 s") from None
+        except (QMPError, OSError, EOFError) as error:
+            with trio.move_on_after(2):
+                await self._exited.wait()
+            raise self._error(GuestError, f"QEMU gave no QMP connection: {error}") from error
+
+    async def _stop(self) -> None:
+        """End QEMU, by force if it must be, and reap it. Runs shielded and bounded."""
+        process = self._process
+        if process is not None:
+            if self._exit_status is None and self._client is not None:
+                with contextlib.suppress(QMPError, OSError, EOFError, trio.TooSlowError):
+                    await self._client.execute("quit", None, 2)
+                with trio.move_on_after(3):
+                    await self._exited.wait()
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if self._exit_status is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.send_signal(number)
+                    with trio.move_on_after(5):
+                        await self._exited.wait()
+        if self._client is not None:
+            await self._client.close()
+        if self._control is not None:
+            await self._control.aclose()
+
+    async def _reap(self) -> None:
+        assert self._process is not None
+        # Also when the VM is given up: _stop makes the process end, and nobody else waits for it.
+        with trio.CancelScope(shield=True):
+            self._exit_status = await self._process.wait()
+            self._exited.set()
+            # Lines that QEMU wrote last are still in the socket; the reader announces the end once it has
+            # them.
+
+    async def _read_control(self) -> None:
+        assert self._control is not None
+        pending = b""
+        with (self.log_dir / "control.log").open("ab", buffering=0) as log:
+            while True:
+                try:
+                    data = await self._control.receive_some(1 << 16)
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    data = b""
+                if not data:
+                    break
+                log.write(data)
+                pending += data
+                *lines, pending = pending.split(b"\n")
+                for line in lines:
+                    self._take_line(line)
+                if len(pending) > _LINE_LIMIT:
+                    pending = b""
+        await self._exited.wait()
+        self._announce()
+
+    def _take_line(self, line: bytes) -> None:
+        text = line.decode(errors="replace").strip()
+        if not text.startswith("VHU "):
+            return
+        try:
+            message = json.loads(text[4:])
+        except ValueError:
+            message = {"event": "error", "reason": f"malformed line from the guest: {text[:200]}"}
+        if self.first_message is None:
+            self.first_message = trio.current_time()
+        self.messages.append(message)
+        if self._on_message is not None:
+            self._on_message(message)
+        self._announce()
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    # -- what the guest says
+
+    def _error(self, kind: type[GuestError], reason: str) -> GuestError:
+        parts = [reason]
+        if self._exit_status is not None:
+            parts[0] += f" (QEMU ended with status {self._exit_status})"
+        for name in ("qemu.log", "control.log", "console.log"):
+            lines = _tail(self.log_dir / name)
+            if lines:
+                parts.append(f"-- end of {name}:\n" + "\n".join(lines))
+        return kind("\n".join(parts), self.console_log)
+
+    async def wait_message(
+        self, wanted: Callable[[Message], bool], what: str, timeout: float, *, start: int = 0
+    ) -> Message:
+        """The first message from position `start` on that `wanted` accepts.
+
+        Raises :class:`GuestError` if the guest reports an error or QEMU ends first,
+        :class:`GuestWedgedError` after `timeout` s.
+        """
+        position = start
+        with trio.move_on_after(timeout):
+            while True:
+                for message in self.messages[position:]:
+                    position += 1
+                    if wanted(message):
+                        return message
+                    if message.get("event") == "error":
+                        raise self._error(GuestError, f"the guest failed: {message.get('reason')}")
+                if self._exit_status is not None and self._control_is_drained():
+                    raise self._error(GuestError, f"QEMU ended while waiting for {what}")
+                await self._changed.wait()
+        raise self._error(GuestWedgedError, f"no {what} within {timeout:.0f} s")
+
+    def _control_is_drained(self) -> bool:
+        # After the exit the reader announces once more when it has read to the end; before that a line may
+        # still come.
+        return self._exited.is_set()
+
+    async def wait_event(self, name: str, timeout: float = 60, *, start: int = 0) -> Message:
+        """The first message from `start` on whose event is `name`; errors as :meth:`wait_message`."""
+        return await self.wait_message(lambda m: m.get("event") == name, f"event {name!r}", timeout, start=start)
+
+    async def command(self, text: str, timeout: float = 60) -> Message:
+        """Run one of the guest's commands (``verify vdb``, ``info vda``, …); its reply.
+
+        Raises :class:`GuestError` with the guest's reason if it refuses or fails; otherwise as
+        :meth:`wait_message`.
+        """
+        assert self._control is not None
+        self._commands += 1
+        number = self._commands
+        start = len(self.messages)
+        try:
+            await self._control.send_all(f"{number} {text}\n".encode())
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise self._error(GuestError, f"cannot send {text!r} to the guest") from error
+        reply = await self.wait_message(
+            lambda m: m.get("event") == "reply" and m.get("seq") == number,
+            f"answer to {text!r}",
+            timeout,
+            start=start,
+        )
+        if not reply.get("ok"):
+            raise self._error(GuestError, f"guest command {text!r} failed: {reply.get('reason')}")
+        return reply
+
+    async def wait_exit(self, timeout: float = 30) -> int:
+        """QEMU's exit status once it ends by itself (after a guest's power-off)."""
+        with trio.move_on_after(timeout):
+            await self._exited.wait()
+        if self._exit_status is None:
+            raise self._error(GuestWedgedError, f"QEMU did not end within {timeout:.0f} s")
+        return self._exit_status
+
+    # -- QMP to the guest's QEMU
+
+    async def qmp(self, command: str, arguments: dict[str, object] | None = None, timeout: float = 30) -> Any:
+        """One QMP command to QEMU; what it returned."""
+        assert self._client is not None
+        try:
+            return await self._client.execute(command, arguments, timeout)
+        except trio.TooSlowError:
+            raise self._error(GuestWedgedError, f"QMP {command}: no answer within {timeout:.0f} s") from None
+        except ExecuteError as error:
+            raise GuestError(f"QMP {command}: {error.error.error.desc}", self.console_log) from error
+        except (QMPError, OSError, EOFError) as error:
+            raise self._error(GuestError, f"QMP {command}: {error}") from error
+
+    async def stop(self) -> None:
+        """Pause the guest's CPUs (its devices stop their rings)."""
+        await self.qmp("stop")
+
+    async def cont(self) -> None:
+        """Let a paused guest go on."""
+        await self.qmp("cont")
+
+    async def system_reset(self) -> None:
+        """Press the reset button; the guest boots again in the same QEMU."""
+        await self.qmp("system_reset")
+
+    async def quit(self) -> int:
+        """End QEMU at once; its exit status."""
+        with contextlib.suppress(GuestError):
+            await self.qmp("quit")
+        return await self.wait_exit()
+
+    async def hot_plug(self, disk: Disk) -> None:
+        """Plug a disk into the running guest (which notices by itself; see the command ``wait``).
+
+        On q35 a free root port is needed (`hotplug_ports`). A device that QEMU refuses leaves no chardev
+        behind.
+        """
+        backend: dict[str, object] = {
+            "type": "socket",
+            "data": {"addr": {"type": "unix", "data": {"path": str(disk.socket)}}, "server": False},
+        }
+        if disk.reconnect:
+            data = backend["data"]
+            assert isinstance(data, dict)
+            data[_reconnect_key(self.qemu)] = _reconnect_value(self.qemu)
+        arguments: dict[str, object] = {
+            "driver": "vhost-user-blk-pci",
+            "id": disk.id,
+            "chardev": f"char-{disk.id}",
+            "num-queues": disk.queues,
+            "disable-legacy": "on" if disk.mode == "modern" else "off",
+            "disable-modern": disk.mode == "legacy",
+            "bus": self._free_bus(),
+        }
+        await self.qmp("chardev-add", {"id": f"char-{disk.id}", "backend": backend})
+        try:
+            await self.qmp("device_add", arguments)
+        except BaseException:
+            with trio.move_on_after(5) as scope:
+                scope.shield = True
+                with contextlib.suppress(GuestError):
+                    await self.qmp("chardev-remove", {"id": f"char-{disk.id}"})
+            raise
+        self._plugged[disk.id] = str(arguments["bus"])
+
+    def _free_bus(self) -> str:
+        if self.config.machine == "pc":
+            return "pci.0"
+        for number in range(self.config.hotplug_ports):
+            if f"port{number}" not in self._plugged.values():
+                return f"port{number}"
+        raise GuestError(f"no free root port (the VM has {self.config.hotplug_ports})", self.console_log)
+
+    async def unplug(self, disk_id: str, timeout: float = 30) -> None:
+        """Take a hot-plugged disk out again; returns when the guest has let go of it and the connection is
+        closed.
+        """
+        assert self._client is not None
+        with self._client.events("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR") as next_event:
+            await self.qmp("device_del", {"id": disk_id})
+            with trio.move_on_after(timeout) as scope:
+                while True:
+                    event = await next_event()
+                    data = event.get("data", {})
+                    if isinstance(data, dict) and data.get("device") == disk_id:
+                        if event["event"] == "DEVICE_UNPLUG_GUEST_ERROR":
+                            raise self._error(GuestError, f"the guest refused to give up {disk_id}")
+                        break
+            if scope.cancelled_caught:
+                reason = f"the guest did not give up {disk_id} within {timeout:.0f} s"
+                raise self._error(GuestWedgedError, reason)
+        self._plugged.pop(disk_id, None)
+        # The device lets go of its chardev only after the event, in QEMU's next idle moment.
+        with trio.move_on_after(5):
+            while True:
+                try:
+                    await self.qmp("chardev-remove", {"id": f"char-{disk_id}"})
+                except GuestError as error:
+                    if "busy" not in error.reason:
+                        raise
+                    await trio.sleep(0.05)
+                else:
+                    return
+        raise self._error(GuestError, f"QEMU keeps the chardev of {disk_id}")
+
+
+def _open_log(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 8192))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-_TAIL_LINES:]
+
+
+def _new_log_dir(wanted: Path | None) -> Path:
+    if wanted is not None:
+        wanted.mkdir(parents=True, exist_ok=True)
+        # The console log of an earlier VM in the same directory would only confuse.
+        for name in ("console.log", "control.log", "qemu.log", "command"):
+            (wanted / name).unlink(missing_ok=True)
+        return wanted
+    logs = images.cache_dir() / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    old = sorted(logs.glob("vm-*"), key=lambda path: path.stat().st_mtime)
+    for path in old[:-_KEPT_LOGS]:
+        shutil.rmtree(path, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix="vm-", dir=logs))
+
+
+@contextlib.asynccontextmanager
+async def open_vm(config: VmConfig, on_message: Callable[[Message], None] | None = None) -> AsyncIterator[Vm]:
+    """Start a guest; on leaving, QEMU is ended (asked first, then killed) and reaped, also on errors and
+    cancellation.
+
+    `on_message` sees each message of the guest at once, in the trio thread. Raises :class:`GuestError` if
+    QEMU does not come up, :class:`ImagesError` if the kernel or the QEMU is not in the cache.
+    """
+    qemu = await trio.to_thread.run_sync(images.qemu_command, config.qemu)
+    kernel = await trio.to_thread.run_sync(images.kernel, config.kernel)
+    try:
+        log_dir = await trio.to_thread.run_sync(_new_log_dir, config.log_dir)
+    except OSError as error:
+        raise GuestError(f"cannot make a log directory: {error}") from error
+    for disk in config.disks:
+        if not await trio.Path(disk.socket).is_socket():
+            # With reconnecting on, QEMU would wait for it for ever, deaf to everything else.
+            raise GuestError(f"nobody listens on {disk.socket}")
+    failure: Exception | None = None
+    async with trio_asyncio.open_loop(), trio.open_nursery() as nursery:
+        vm = Vm(config, qemu, kernel, log_dir, on_message)
+        try:
+            await vm._start(nursery)
+            yield vm
+        except Exception as error:
+            # Raised again below: crossing the nursery would wrap it into an exception group.
+            failure = error
+        finally:
+            with trio.CancelScope(shield=True):
+                await vm._stop()
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def boot(
+    socket: Path,
+    *,
+    kernel: str = "6.12",
+    mode: Mode = "modern",
+    qemu: str | None = None,
+    task: str = "verify",
+    queues: int = 1,
+    machine: Literal["q35", "pc"] = "q35",
+    rounds: int = 3,
+    host_kib: int = HOST_KIB,
+    guest_kib: int = GUEST_KIB,
+    timeout: float = 60,
+    log_dir: Path | None = None,
+    on_message: Callable[[Message], None] | None = None,
+) -> GuestResult:
+    """Boot a guest whose disk is the vhost-user device at `socket`, have it do `task`, and power it off.
+
+    `task` is ``verify``, ``reboot`` (verify, reboot in the same QEMU, verify again) or ``rw-loop`` (`rounds`
+    times verify). `timeout` bounds each step: from start to the first check's end, and each further one.
+    Raises :class:`GuestError` when the guest reports a failure or dies, :class:`GuestWedgedError` when it
+    makes no progress, :class:`ImagesError` when images are missing. On cancellation QEMU is ended and
+    reaped.
+    """
+    if task not in TASKS:
+        raise GuestError(f"unknown task {task!r}; allowed: {', '.join(TASKS)}")
+    if mode not in MODES:
+        raise GuestError(f"unknown mode {mode!r}; allowed: {', '.join(MODES)}")
+    config = VmConfig(
+        disks=(Disk(socket, mode, queues=queues),),
+        kernel=kernel,
+        qemu=qemu,
+        machine=machine,
+        task=task,
+        cpus=min(queues, os.cpu_count() or 1),
+        host_kib=host_kib,
+        guest_kib=guest_kib,
+        log_dir=log_dir,
+    )
+    async with open_vm(config, on_message) as vm:
+        await vm.wait_event("boot", timeout)
+        disk = await vm.wait_event("disk", timeout)
+        done_rounds = 1
+        match task:
+            case "rw-loop":
+                for number in range(1, rounds + 1):
+                    wanted = functools.partial(_is_round, number)
+                    last = await vm.wait_message(wanted, f"round {number}", timeout)
+                await vm.command("stop", timeout)
+                # The loop may have been amid a further round; its sum is the one on the disk now.
+                last = [m for m in vm.messages if m.get("event") == "round"][-1]
+                done_rounds = last["round"]
+                await vm.command("poweroff", timeout)
+            case "reboot":
+                await vm.wait_event("rebooting", timeout)
+                await vm.wait_event("survived", timeout)
+                await vm.wait_event("done", timeout)
+                last = [m for m in vm.messages if m.get("event") == "verified"][-1]
+                done_rounds = 2
+            case _:
+                last = await vm.wait_event("verified", timeout)
+                await vm.wait_event("done", timeout)
+        seconds = trio.current_time() - vm.started
+        status = await vm.wait_exit(timeout)
+        if status != 0:
+            raise vm._error(GuestError, "QEMU failed after the guest was done")
+        boots = [m for m in vm.messages if m.get("event") == "boot"]
+        assert vm.first_message is not None
+        return GuestResult(
+            kernel=kernel,
+            release=boots[0]["release"],
+            qemu=vm.qemu.version,
+            mode=mode,
+            task=task,
+            driver_mode=disk["mode"],
+            features=feature_bits(disk["features"]),
+            disk_bytes=disk["size"],
+            read_only=disk["read_only"],
+            boots=len(boots),
+            rounds=done_rounds,
+            seconds_to_first_line=round(vm.first_message - vm.started, 2),
+            seconds=round(seconds, 2),
+            host_sum=last["host_sum"],
+            host_offset=last["host_offset"],
+            host_bytes=last["host_bytes"],
+            guest_sum=last["guest_sum"],
+            guest_offset=last["guest_offset"],
+            guest_bytes=last["guest_bytes"],
+            console_log=vm.console_log,
+        )
+
+
+def _is_round(number: int, message: Message) -> bool:
+    return message.get("event") == "round" and message.get("round") == number
+
+
+def feature_bits(text: str) -> int:
+    """Features from the kernel's sysfs form (one character a bit, bit 0 first)."""
+    return sum(1 << number for number, character in enumerate(text) if character == "1")
+
+
+def write_host_area(image: Path, kib: int = HOST_KIB, seed: int = 0) -> str:
+    """Fill the start of an image with reproducible noise, as the guest's checks expect it; its SHA-256."""
+    data = random.Random(seed).randbytes(kib * 1024)
+    with image.open("r+b") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def area_sum(image: Path, offset: int, size: int) -> str:
+    """SHA-256 of a part of an image, to compare with what the guest saw there."""
+    digest = hashlib.sha256()
+    with image.open("rb") as file:
+        file.seek(offset)
+        while size > 0:
+            data = file.read(min(size, 1 << 20))
+            if not data:
+                raise GuestError(f"{image} is shorter than expected")
+            digest.update(data)
+            size -= len(data)
+    return digest.hexdigest()
+
+
+def make_image(path: Path, size: int = 16 << 20, seed: int = 0) -> str:
+    """A raw image for the guest's checks; the SHA-256 of its host-written area."""
+    with path.open("wb") as file:
+        file.truncate(size)
+    return write_host_area(path, seed=seed)
+
+
+def check_image(image: Path, result: GuestResult, host_sum: str | None = None) -> Iterable[str]:
+    """What in the image differs from what the guest reported (nothing when all is well)."""
+    actual = area_sum(image, result.host_offset, result.host_bytes)
+    if host_sum is not None and actual != host_sum:
+        yield f"host area was changed: {actual} instead of {host_sum}"
+    if actual != result.host_sum:
+        yield f"host area: the guest read {result.host_sum}, the image has {actual}"
+    if result.guest_sum is not None:
+        actual = area_sum(image, result.guest_offset, result.guest_bytes)
+        if actual != result.guest_sum:
+            yield f"guest area: the guest wrote {result.guest_sum}, the image has {actual}"
+
+
+# --- the other side: a group in a process of its own -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemberSpec:
+    """One member of a :class:`ServedGroup`."""
+
+    image: Path
+    legacy: bool = True
+    read_only: bool = False
+    queues: int = 1
+
+
+class ServedGroup:
+    """A group served by ``vhu-legacy serve`` as users start it; made by :func:`serve_group`."""
+
+    def __init__(self, directory: Path, engine: str) -> None:
+        self.directory = directory
+        self.engine = engine
+        self.ready: dict[str, Any] = {}
+        self.exit_status: int | None = None
+        self._process: trio.Process | None = None
+        self._qmp: _Qmp | None = None
+
+    @property
+    def log(self) -> Path:
+        """What the process writes to stderr."""
+        return self.directory / "serve.log"
+
+    @property
+    def run_dir(self) -> Path:
+        """The group's run directory."""
+        return Path(self.ready["run_dir"])
+
+    def socket(self, member: int) -> Path:
+        """Where a member listens for a vhost-user front end."""
+        for entry in self.ready["members"]:
+            if entry["id"] == member:
+                return Path(entry["vhost_user"])
+        raise GuestError(f"the group has no member {member}", self.log)
+
+    def _error(self, reason: str) -> GuestError:
+        return GuestError("\n".join([reason, *_tail(self.log)]), self.log)
+
+    async def _start(self, members: Sequence[MemberSpec], name: str) -> None:
+        file = trio.Path(self.directory / "group.toml")
+        await file.write_text(_group_file(members, name))
+        argv = [
+            sys.executable,
+            "-m",
+            "vhu_legacy",
+            "serve",
+            str(file),
+            "--run-dir",
+            str(self.directory / "run"),
+        ]
+        if self.engine != "native":
+            argv += ["--engine", self.engine]
+        output = await trio.to_thread.run_sync(_open_log, self.log)
+        try:
+            self._process = await trio.lowlevel.open_process(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                start_new_session=True,
+            )
+        finally:
+            os.close(output)
+        stdout = self._process.stdout
+        assert stdout is not None
+        line = b""
+        with trio.move_on_after(30) as scope:
+            while not line.endswith(b"\n"):
+                data = await stdout.receive_some(1 << 16)
+                if not data:
+                    break
+                line += data
+        if scope.cancelled_caught:
+            raise self._error("vhu-legacy serve was not ready within 30 s")
+        try:
+            self.ready = json.loads(line)
+        except ValueError:
+            raise self._error(f"vhu-legacy serve did not start: {line.decode(errors='replace')[:500]}") from None
+        self._qmp = _Qmp("group")
+        try:
+            await self._qmp.connect(str(self.ready["qmp"]), 10)
+        except (QMPError, OSError, EOFError, trio.TooSlowError) as error:
+            raise self._error(f"no QMP connection to the group: {error}") from error
+
+    async def qmp(self, command: str, arguments: dict[str, object] | None = None, timeout: float = 10) -> Any:
+        """One QMP command to the group. Raises :class:`GuestError`."""
+        assert self._qmp is not None
+        try:
+            return await self._qmp.execute(command, arguments, timeout)
+        except ExecuteError as error:
+            raise GuestError(f"QMP {command}: {error.error.error.desc}", self.log) from error
+        except (QMPError, OSError, EOFError, trio.TooSlowError) as error:
+            raise self._error(f"QMP {command}: {error}") from error
+
+    async def member(self, member: int) -> dict[str, Any]:
+        """``query-member``."""
+        answer = await self.qmp("query-member", {"id": member})
+        assert isinstance(answer, dict)
+        return answer
+
+    async def stop(self) -> int:
+        """End the process (SIGTERM, after 10 s SIGKILL); its exit status. May be called twice. Runs to its
+        end when cancelled.
+        """
+        with trio.CancelScope(shield=True):
+            if self._qmp is not None:
+                await self._qmp.close()
+                self._qmp = None
+            if self._process is not None and self.exit_status is None:
+                for number in (signal.SIGTERM, signal.SIGKILL):
+                    with contextlib.suppress(ProcessLookupError):
+                        self._process.send_signal(number)
+                    with trio.move_on_after(10):
+                        self.exit_status = await self._process.wait()
+                        break
+                if self._process.stdout is not None:
+                    await self._process.stdout.aclose()
+        return self.exit_status if self.exit_status is not None else -signal.SIGKILL
+
+
+def _group_file(members: Sequence[MemberSpec], name: str) -> str:
+    text = f"[group]\nname = {json.dumps(name)}\n"
+    for member in members:
+        text += f'\n[[members]]\ntype = "blk"\nimage = {json.dumps(str(member.image))}\n'
+        text += f"legacy = {json.dumps(member.legacy)}\nread_only = {json.dumps(member.read_only)}\n"
+        text += f"queues = {member.queues}\n"
+    return text
+
+
+@contextlib.asynccontextmanager
+async def serve_group(
+    members: Sequence[MemberSpec], directory: Path, *, name: str = "guests", engine: str = "native"
+) -> AsyncIterator[ServedGroup]:
+    """Serve these members from `directory` (group file, run directory and log go there) until the context is
+    left.
+
+    Members get the ids 1, 2, … in order. Raises :class:`GuestError` when the group does not come up. On
+    errors and cancellation the process is ended and reaped.
+    """
+    failure: Exception | None = None
+    async with trio_asyncio.open_loop():
+        group = ServedGroup(directory, engine)
+        try:
+            await group._start(members, name)
+            yield group
+        except Exception as error:
+            # Raised again below: crossing the loop's nursery could wrap it.
+            failure = error
+        finally:
+            await group.stop()
+    if failure is not None:
+        raise failure
