@@ -52,7 +52,7 @@ from .frontend import (
 
 SIZE = 1 << 20
 QUEUE_SIZE = 64
-MAX_QUEUE_SIZE = 256
+MAX_QUEUE_SIZE = 1024
 BYSTANDER = 1
 FIRST_VICTIM = 2
 
@@ -210,7 +210,7 @@ for _request in (R.SET_VRING_NUM, R.SET_VRING_BASE, R.SET_VRING_ENABLE, R.GET_VR
     for _index in (1, 0xFFFF_FFFF):
         raw(f"{_request.name}-of-queue-{_index:#x}", "vring.index")(_request, STATE.pack(_index, 1))
 raw("addresses-of-queue-9", "vring.index")(R.SET_VRING_ADDR, ADDRESSES.pack(9, 0, 0, 0, 0, 0))
-for _value in (0, 3, 512, 0x1_0001, 0xFFFF_FFFF):
+for _value in (0, 3, 2048, 0x1_0001, 0xFFFF_FFFF):
     raw(f"queue-size-{_value:#x}", "vring.size")(R.SET_VRING_NUM, STATE.pack(0, _value))
 raw("base-65536", "vring.base")(R.SET_VRING_BASE, STATE.pack(0, 65536))
 raw("enable-2", "vring.enable")(R.SET_VRING_ENABLE, STATE.pack(0, 2))
@@ -343,7 +343,7 @@ def read_only_memory(stack: ExitStack) -> list[int]:
     return [again]
 
 
-region("memory-cannot-be-written", "memory.map", FREE_GUEST, 4096, FREE_USER, fds=read_only_memory)
+region("memory-cannot-be-written", "memory.fd-kind", FREE_GUEST, 4096, FREE_USER, fds=read_only_memory)
 
 
 @case("memory.unknown-region")
@@ -395,7 +395,9 @@ def ring_place(name: str, rule: str, desc: int, driver_area: int, device: int) -
         with ExitStack() as stack:
             driver.connection.send(R.SET_VRING_KICK, U64.pack(0), eventfds(1)(stack))
         with suppress(ConnectionLost):
+            # Regions may come one by one, so a ring outside waits for another until it is to be used.
             driver.share_memory()
+            driver.connection.set_vring(R.SET_VRING_ENABLE, 0, 1)
 
     def after(driver: BlkDriver) -> None:
         driver.set_features()

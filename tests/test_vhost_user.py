@@ -786,7 +786,21 @@ def test_set_config_writeback(group: RunningGroup) -> None:
             connection.set_config(32, bytes([value]))
             assert connection.get_config(32, 1) == bytes([value])
             assert group.member(MEMBER)["config"]["writeback"] is bool(value)
+        # QEMU keeps its copy over a reset, and a guest that reads "write-through" there sends no flushes.
         connection.set(R.RESET_DEVICE)
+        assert connection.get_config(32, 1) == b"\0"
+    with negotiated(group) as connection:
+        assert connection.get_config(32, 1) == b"\1", "a front end that knows nothing yet gets the default"
+
+
+def test_the_cache_mode_outlives_a_reconnection(group: RunningGroup) -> None:
+    """QEMU's chardev reconnects without reading the configuration again."""
+    with negotiated(group) as connection:
+        connection.reply_ack = True
+        connection.set_config(32, b"\0")
+    with negotiated(group):
+        assert group.member(MEMBER)["config"]["writeback"] is False
+    with negotiated(group) as connection:
         assert connection.get_config(32, 1) == b"\1"
 
 

@@ -15,7 +15,7 @@ use crate::event::{Completion, Event};
 use crate::memory::{MemoryMap, Region};
 use crate::ring::split::{self, AddressSpace, RingAddresses};
 use crate::ring::MAX_QUEUE_SIZE;
-use crate::runner::{QueueSetup, QueueStats, Runner};
+use crate::runner::{ring_features, QueueSetup, QueueStats, Runner};
 use crate::worker::{Owner, Pool, QueueHandle, Start};
 
 pub use crate::ring::feature;
@@ -315,11 +315,12 @@ impl Member {
         Ok(())
     }
 
-    /// The features the driver accepted; all rings must be stopped when ring features change.
+    /// The features the driver accepted. Running rings take over those of the device: a driver may use its queues first
+    /// and write its features later, or never (legacy firmware does both). Some: wait until they have.
     ///
     /// # Errors
     /// `features.not-offered`, `features.legacy-refused`, `features.running`.
-    pub fn set_features(&self, features: u64, transport: u64) -> std::result::Result<(), Fault> {
+    pub fn set_features(&self, features: u64, transport: u64) -> std::result::Result<Option<u64>, Fault> {
         // Known rather than offered now: see Device::known_features.
         let offered = self.offered_features() | self.device.known_features() | transport;
         if features & !offered != 0 {
@@ -336,15 +337,14 @@ impl Member {
         }
         let mut registers = self.lock();
         let running = registers.queues.iter().any(|queue| queue.running().is_some());
-        if running && features != registers.driver_features {
-            return Err(Fault::new(
-                "features.running",
-                "the accepted features change while a ring runs",
-            ));
+        if running && ring_features(features) != ring_features(registers.driver_features) {
+            return Err(Fault::new("features.running", "ring features change while a ring runs"));
         }
-        registers.driver_features = features;
         registers.features_written = true;
-        Ok(())
+        if std::mem::replace(&mut registers.driver_features, features) == features {
+            return Ok(None);
+        }
+        Ok(self.tell_running(&registers, |handle, done| handle.set_features(features, done)))
     }
 
     /// The vhost-user protocol features in force, for people.
@@ -407,12 +407,28 @@ impl Member {
         registers.features_written = false;
         for queue in &mut registers.queues {
             let stats = Arc::clone(&queue.stats);
+            // QEMU sets call fds before the first reset. Those of a ring that ran went to its worker, and have to be
+            // sent again as after GET_VRING_BASE.
+            let call = queue.call.take();
             *queue = Queue {
                 stats,
+                call,
                 ..Queue::new(queue.size)
             };
         }
         self.owner.mend();
+    }
+
+    /// Tells all running rings something; the token of the completion, if any runs.
+    fn tell_running(&self, registers: &Registers, tell: impl Fn(&QueueHandle, Completion)) -> Option<u64> {
+        let mut done: Option<Completion> = None;
+        for handle in registers.queues.iter().filter_map(Queue::running) {
+            tell(
+                handle,
+                done.get_or_insert_with(|| self.pool.events().completion()).clone(),
+            );
+        }
+        done.map(|done| done.token())
     }
 
     /// Stops all rings; the token of the completion, if any ran.
@@ -659,7 +675,7 @@ impl Member {
         for region in regions {
             map = map.with(region)?;
         }
-        self.replace_memory(&mut self.lock(), map)
+        self.replace_memory(&mut self.lock(), map, true)
     }
 
     /// Adds a region of guest memory.
@@ -669,7 +685,7 @@ impl Member {
     pub fn add_memory(&self, region: Region) -> std::result::Result<Option<u64>, Fault> {
         let mut registers = self.lock();
         let map = registers.map.with(region)?;
-        self.replace_memory(&mut registers, map)
+        self.replace_memory(&mut registers, map, false)
     }
 
     /// Removes a region of guest memory. When the returned completion has ended, no worker looks there any more (I/O
@@ -680,31 +696,27 @@ impl Member {
     pub fn remove_memory(&self, guest: u64, size: u64, user: u64) -> std::result::Result<Option<u64>, Fault> {
         let mut registers = self.lock();
         let map = registers.map.without(guest, size, user)?;
-        self.replace_memory(&mut registers, map)
+        self.replace_memory(&mut registers, map, false)
     }
 
-    fn replace_memory(&self, registers: &mut Registers, map: MemoryMap) -> std::result::Result<Option<u64>, Fault> {
+    fn replace_memory(
+        &self,
+        registers: &mut Registers,
+        map: MemoryMap,
+        whole: bool,
+    ) -> std::result::Result<Option<u64>, Fault> {
         let map = Arc::new(map);
         registers.map = Arc::clone(&map);
-        let mut done: Option<Completion> = None;
-        for queue in &registers.queues {
-            if let Some(handle) = queue.running() {
-                let done = done.get_or_insert_with(|| self.pool.events().completion());
-                handle.set_memory(Arc::clone(&map), done.clone());
-            }
-        }
+        let token = self.tell_running(registers, |handle, done| handle.set_memory(Arc::clone(&map), done));
         // Rings that had everything but memory.
         for index in 0..registers.queues.len() as u64 {
-            let waits = Self::queue(registers, index)?.addresses.is_some_and(|addresses| {
-                let size = registers.queues[index as usize].size;
-                // One whose areas aren't there yet goes on waiting.
-                split::resolve(&map, AddressSpace::User, addresses, size, MAX_QUEUE_SIZE).is_ok()
-            });
-            if waits {
-                self.try_start(registers, index)?;
+            match self.try_start(registers, index) {
+                // Regions come one by one: the one with the ring may be the next.
+                Err(fault) if !whole && fault.rule == "ring.address" => {}
+                started => started?,
             }
         }
-        Ok(done.map(|done| done.token()))
+        Ok(token)
     }
 
     /// Whether the driver can see the device work: some ring runs, and (where the front end tells) DRIVER_OK is set.

@@ -8,6 +8,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::device::{Counters, Device, QueueContext, Request, Step};
 use crate::error::Fault;
@@ -17,7 +18,16 @@ use crate::ring::{feature, RingFeatures, MAX_QUEUE_SIZE};
 use crate::uring::Uring;
 
 /// Requests taken in one pass before others get their turn.
-pub const BATCH: u16 = 128;
+///
+/// Few enough that the driver works on the first while the device works on the next: with everything in one batch the two
+/// take turns, and each waits for the other (docs/PERFORMANCE.md).
+pub const BATCH: u16 = 8;
+/// How long to look at an empty ring before going to sleep.
+const LOOK: Duration = Duration::from_micros(16);
+/// Vain looks in a row after which it is left.
+const PATIENCE: u32 = 4;
+/// Passes after which it is tried again.
+const RETRY: u32 = 64;
 /// Bytes after which a pass takes no more, for the same reason.
 pub const BATCH_BYTES: u64 = 2 << 20;
 /// Memory maps that requests in flight may hold on to. A front end that goes on changing its memory while the storage
@@ -123,6 +133,10 @@ pub struct Runner {
     in_flight: usize,
     /// Used elements pushed since the last `publish`.
     pushed: u64,
+    /// Vain looks (see `look_again`) that are still allowed.
+    patience: u32,
+    /// Times it was not looked since.
+    skipped: u32,
     /// The ring's areas are not in the memory map at the moment.
     suspended: bool,
 }
@@ -163,6 +177,8 @@ impl Runner {
             size: setup.size,
             in_flight: 0,
             pushed: 0,
+            patience: PATIENCE,
+            skipped: 0,
             suspended: false,
         };
         runner.note_positions();
@@ -260,6 +276,11 @@ impl Runner {
         self.lost().unwrap_or_else(|| fault.on_queue(self.index))
     }
 
+    /// Goes on with other accepted features of the device; those of the ring are the same.
+    pub fn set_features(&mut self, features: u64) {
+        self.driver_features = features;
+    }
+
     /// Whether memory was taken away.
     #[inline]
     pub fn lost(&self) -> Option<Fault> {
@@ -276,6 +297,38 @@ impl Runner {
     #[inline]
     pub fn disable_notification(&mut self) {
         self.ring.disable_notification();
+    }
+
+    /// Looks at the ring a moment longer before the driver is asked to notify again.
+    ///
+    /// Going to sleep and being woken costs a worker as much CPU as this look, and the driver a kick and some 20 us; one
+    /// that polls, or reacts to its interrupt at once, is back sooner (docs/PERFORMANCE.md). The look is bounded, comes
+    /// only after work, and whether at all depends on how it went before: a driver that isn't back in time isn't waited
+    /// for any more, but for one try in [`RETRY`]. So an idle ring costs nothing.
+    #[inline]
+    pub fn look_again(&mut self) -> bool {
+        if self.in_flight > 0 {
+            return false;
+        }
+        if self.patience == 0 {
+            self.skipped += 1;
+            if self.skipped < RETRY {
+                return false;
+            }
+            self.skipped = 0;
+        }
+        let begin = Instant::now();
+        while begin.elapsed() < LOOK {
+            for _ in 0..16 {
+                if self.ring.peek_avail_idx() != self.ring.next_avail() {
+                    self.patience = PATIENCE;
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+        }
+        self.patience = self.patience.saturating_sub(1);
+        false
     }
 
     /// Asks the driver to notify again; true when there is already something.

@@ -420,9 +420,7 @@ impl Session {
         let wait = |token: Option<u64>| token.map_or(Done::Ok, |token| Done::Pending(token, After::Nothing));
         match code {
             R::GET_FEATURES => reply(member.offered_features() | feature::PROTOCOL_FEATURES),
-            R::SET_FEATURES => member
-                .set_features(value(), feature::PROTOCOL_FEATURES)
-                .map(|()| Done::Ok),
+            R::SET_FEATURES => member.set_features(value(), feature::PROTOCOL_FEATURES).map(wait),
             R::GET_PROTOCOL_FEATURES => reply(protocol_features().bits()),
             R::SET_PROTOCOL_FEATURES => self.set_protocol_features(value()),
             R::GET_QUEUE_NUM => reply(u64::from(member.device().queues())),
@@ -623,6 +621,14 @@ impl Session {
             // "An empty reply indicates an error."
             return Ok(Done::Reply(Vec::new()));
         }
+        // The payload has room for the answer; some front ends send it, some don't.
+        let room = payload.len() - size_of::<VhostUserConfig>();
+        if room != 0 && room != size as usize {
+            return Err(Fault::new(
+                "message.size",
+                format!("GET_CONFIG of {size} bytes carries {room}"),
+            ));
+        }
         if !std::mem::replace(&mut self.config_read, true) {
             self.member.device().fresh();
         }
@@ -633,7 +639,8 @@ impl Session {
         Ok(Done::Reply(reply))
     }
 
-    fn set_config(&self, payload: &[u8]) -> Handled {
+    fn set_config(&mut self, payload: &[u8]) -> Handled {
+        self.config_read = true;
         let config = decode::<VhostUserConfig>(payload);
         let data = &payload[size_of::<VhostUserConfig>()..];
         let (offset, size) = (config.offset, config.size);

@@ -208,7 +208,7 @@ impl VhostUserBackend for Adapter {
 
     fn acked_features(&self, features: u64) {
         match self.member.set_features(features, feature::PROTOCOL_FEATURES) {
-            Ok(()) => lock(&self.state).features = features,
+            Ok(_) => lock(&self.state).features = features,
             Err(fault) => self.member.owner().break_it(fault),
         }
     }
@@ -243,6 +243,7 @@ impl VhostUserBackend for Adapter {
     }
 
     fn set_config(&self, offset: u32, data: &[u8]) -> io::Result<()> {
+        lock(&self.state).config_read = true;
         match self.member.device().write_config(offset as usize, data) {
             Ok(_) => Ok(()),
             Err(fault) => Err(io::Error::new(io::ErrorKind::InvalidInput, fault)),

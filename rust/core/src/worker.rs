@@ -114,6 +114,7 @@ enum Command {
     SetCall(u64, Option<OwnedFd>, Completion),
     SetKick(u64, OwnedFd, Completion),
     SetMemory(u64, Arc<MemoryMap>, Completion),
+    SetFeatures(u64, u64, Completion),
     Quit,
 }
 
@@ -172,6 +173,11 @@ impl QueueHandle {
     /// Replaces the kick eventfd.
     pub fn set_kick(&self, kick: OwnedFd, done: Completion) {
         self.worker.send(Command::SetKick(self.key, kick, done));
+    }
+
+    /// Replaces the accepted features.
+    pub fn set_features(&self, features: u64, done: Completion) {
+        self.worker.send(Command::SetFeatures(self.key, features, done));
     }
 
     /// Replaces the memory map.
@@ -516,7 +522,8 @@ impl Worker {
         if !self.lingering.is_empty() {
             self.give_up();
         }
-        ready.retain(|&index| self.rest(index));
+        let alone = ready.len() == 1 && self.ready.is_empty() && self.touched.is_empty();
+        ready.retain(|&index| self.rest(index, alone));
         // Queues woken meanwhile were pushed to self.ready.
         ready.append(&mut self.ready);
         self.ready = ready;
@@ -623,13 +630,18 @@ impl Worker {
         self.lingering = lingering;
     }
 
-    /// Decides whether a queue stays in `ready`: true when there is more to take.
-    fn rest(&mut self, index: usize) -> bool {
+    /// Decides whether a queue stays in `ready`: true when there is more to take. `alone`: nobody else is ready.
+    fn rest(&mut self, index: usize, alone: bool) -> bool {
+        let alone = alone && !self.pending.load(Ordering::Relaxed);
         let Some(Some(queue)) = self.queues.get_mut(index) else {
             return false;
         };
         let more = queue.may_take() && {
-            let outcome = catch_unwind(AssertUnwindSafe(|| Ok(u16::from(queue.runner.enable_notification()))));
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                Ok(u16::from(
+                    (alone && queue.runner.look_again()) || queue.runner.enable_notification(),
+                ))
+            }));
             Self::judge(queue, outcome) == 1
         };
         queue.ready = more;
@@ -709,6 +721,12 @@ impl Worker {
                     if let Err(fault) = queue.runner.set_memory(map) {
                         queue.owner.break_it(fault);
                     }
+                    self.wake_queue(index);
+                }
+            }
+            Command::SetFeatures(key, features, _done) => {
+                if let Some((index, queue)) = self.queue(key) {
+                    queue.runner.set_features(features);
                     self.wake_queue(index);
                 }
             }
