@@ -429,3 +429,49 @@ fn options_out_of_range() {
         assert!(Image::open(spec, false).is_err(), "{spec}");
     }
 }
+
+#[test]
+fn long_copies_go_in_pieces() {
+    let size = 4 << 20;
+    let mut bench = Bench::new(&format!("ram:{size}"), false, WCE);
+    let data: Vec<u8> = (0..3 << 20).map(|i: u32| (i >> 9) as u8 ^ i as u8).collect();
+    assert_eq!(bench.request_pieces(1, 1, &data, 0, 100_000), (0, 1));
+    assert_eq!(
+        bench.request_pieces(0, 1, &[], data.len(), 65_536),
+        (0, data.len() as u32 + 1)
+    );
+    assert!(bench.answer(0, data.len()) == data);
+    let mut bench = Bench::new(&format!("null:{size}"), false, WCE);
+    assert_eq!(bench.request_pieces(0, 0, &[], size, 100_000), (0, size as u32 + 1));
+    assert!(bench.answer(0, size).iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_refused_swap_leaves_everything_as_it_was() {
+    let (first, second) = (Disk::new("kept", 65536), Disk::new("untouched", 65536));
+    let options = BlkOptions {
+        blk_size: 4096,
+        ..options()
+    };
+    let blk = Blk::new(Image::open(first.spec(), false).unwrap(), options).unwrap();
+    for image in [second.spec(), first.spec()] {
+        for size in [512 * 3, 0] {
+            assert!(blk.modify(Some(image), Some(size), None).is_err());
+        }
+        assert_eq!(std::fs::metadata(image).unwrap().len(), 65536, "not resized");
+    }
+    assert_eq!(blk.image().spec, first.spec());
+    assert!(Image::open(first.spec(), false).is_err(), "still locked");
+    assert!(Image::open(second.spec(), false).is_ok(), "never kept");
+}
+
+#[test]
+fn what_a_driver_accepted_stays_acceptable() {
+    let disk = Disk::new("accepted", 65536);
+    let blk = Blk::new(Image::open(disk.spec(), false).unwrap(), options()).unwrap();
+    let before = blk.features();
+    blk.modify(None, None, Some(true)).unwrap();
+    assert_ne!(blk.features(), before);
+    assert_eq!(before & !blk.known_features(), 0);
+    assert_eq!(blk.features() & !blk.known_features(), 0);
+}

@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Storage that takes its time: what happens to rings while requests are in flight. The device here answers a request
+//! for every byte that the test writes into a pipe.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use std::collections::HashSet;
+use std::io::{PipeReader, PipeWriter, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{memfd, peer, Guest, Ring, USER};
+use vhu_core::device::{Device, IoOp, QueueContext, Request, Step};
+use vhu_core::error::Fault;
+use vhu_core::event::Event;
+use vhu_core::member::Member;
+use vhu_core::ring::split::RingAddresses;
+use vhu_core::sys;
+use vhu_core::worker::Pool;
+
+const BASE: u64 = 0x10_0000;
+const SIZE: u64 = 0x40_0000;
+
+struct Slow {
+    pipe: PipeReader,
+    queues: u16,
+}
+
+impl Device for Slow {
+    fn type_name(&self) -> &'static str {
+        "slow"
+    }
+    fn device_id(&self) -> u32 {
+        42
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn known_features(&self) -> u64 {
+        0
+    }
+    fn queues(&self) -> u16 {
+        self.queues
+    }
+    fn queue_size(&self) -> u16 {
+        1024
+    }
+    fn read_config(&self, _offset: usize, data: &mut [u8]) {
+        data.fill(0);
+    }
+    fn write_config(&self, _offset: usize, _data: &[u8]) -> Result<bool, Fault> {
+        Ok(false)
+    }
+    fn fresh(&self) {}
+    fn start(&self, request: &mut Request, _context: &QueueContext<'_>) -> Result<Step, Fault> {
+        if request.chain.readable.len() == 13 {
+            return Err(Fault::new("slow.thirteen", "unlucky"));
+        }
+        let iov = request.chain.readable.iovecs();
+        let fd = self.pipe.as_raw_fd();
+        Ok(Step::Io(IoOp::Readv {
+            fd,
+            iov: iov.as_ptr(),
+            count: 1,
+            offset: u64::MAX,
+            bytes: 1,
+        }))
+    }
+    fn resume(&self, _request: &mut Request, _context: &QueueContext<'_>, result: i32) -> Step {
+        Step::Done(u32::try_from(result).unwrap_or(0))
+    }
+    fn counter_names(&self) -> &'static [&'static str] {
+        &[]
+    }
+    fn failed_counter(&self) -> usize {
+        0
+    }
+}
+
+struct Bed {
+    pool: Arc<Pool>,
+    member: Arc<Member>,
+    guest: Guest,
+    rings: Vec<Ring>,
+    kicks: Vec<OwnedFd>,
+    call: OwnedFd,
+    release: PipeWriter,
+    ended: HashSet<u64>,
+    broken: Vec<&'static str>,
+}
+
+impl Bed {
+    /// Queues of `size`, each with all descriptors of one byte.
+    fn new(queues: u16, size: u16) -> Self {
+        let pool = Arc::new(Pool::new(Some(1)).unwrap());
+        let (pipe, release) = std::io::pipe().unwrap();
+        let member = Member::new(Arc::clone(&pool), 1, Arc::new(Slow { pipe, queues }), true);
+        member.attach().unwrap();
+        let guest = Guest::new(BASE, SIZE);
+        let rings: Vec<Ring> = (0..u64::from(queues))
+            .map(|i| Ring::legacy(BASE + i * 0x2_0000, size, 4096))
+            .collect();
+        for ring in &rings {
+            for index in 0..size {
+                ring.descriptor(&guest, index, BASE + SIZE - 0x1000, 1, 0, 0);
+            }
+        }
+        let kicks = (0..queues).map(|_| sys::eventfd().unwrap()).collect();
+        let call = sys::eventfd().unwrap();
+        Self {
+            pool,
+            member,
+            guest,
+            rings,
+            kicks,
+            call,
+            release,
+            ended: HashSet::new(),
+            broken: Vec::new(),
+        }
+    }
+
+    fn start(&mut self) {
+        let fd = peer(&self.guest.file);
+        let region = self.pool.mappings().region(&fd, BASE, SIZE, BASE + USER, 0).unwrap();
+        let token = self.member.add_memory(region).unwrap();
+        assert!(token.is_none());
+        for (index, ring) in self.rings.iter().enumerate() {
+            let index = index as u64;
+            let a = ring.addresses;
+            let user = RingAddresses {
+                desc: a.desc + USER,
+                driver: a.driver + USER,
+                device: a.device + USER,
+            };
+            self.member.set_queue_size(index, u64::from(ring.size)).unwrap();
+            self.member.set_queue_addresses(index, user).unwrap();
+            self.member
+                .set_queue_call(index, Some(self.call.try_clone().unwrap()))
+                .unwrap();
+            let kick = self.kicks[index as usize].try_clone().unwrap();
+            self.member.set_queue_kick(index, Some(kick)).unwrap();
+        }
+    }
+
+    fn offer(&mut self, queue: usize, count: u16) {
+        for _ in 0..count {
+            let head = self.rings[queue].avail_idx % self.rings[queue].size;
+            self.rings[queue].offer(&self.guest, head);
+        }
+        sys::eventfd_signal(&self.kicks[queue]);
+    }
+
+    fn until(&mut self, what: &str, mut condition: impl FnMut(&mut Self) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !condition(self) {
+            assert!(Instant::now() < deadline, "timed out: {what}");
+            std::thread::sleep(Duration::from_micros(300));
+            for event in self.pool.events().take() {
+                match event {
+                    Event::Done { token } => {
+                        self.ended.insert(token);
+                    }
+                    Event::Broken { fault, .. } => self.broken.push(fault.rule),
+                    Event::Status { .. } | Event::Config { .. } => {}
+                }
+            }
+        }
+    }
+
+    fn in_flight(&mut self, count: u32) {
+        self.until("requests in flight", |bed| {
+            let stats = bed.member.queue_stats(0);
+            stats.in_flight.load(std::sync::atomic::Ordering::Relaxed) == count
+        });
+    }
+
+    fn answer(&mut self, count: usize) {
+        self.release.write_all(&vec![0; count]).unwrap();
+    }
+
+    fn done(&mut self, token: u64) {
+        self.until("a completion", |bed| bed.ended.contains(&token));
+    }
+
+    fn used(&self, queue: usize) -> u16 {
+        self.rings[queue].used_idx(&self.guest)
+    }
+}
+
+#[test]
+fn detaching_waits_for_a_stop_that_is_under_way() {
+    let mut bed = Bed::new(1, 16);
+    bed.start();
+    bed.offer(0, 2);
+    bed.in_flight(2);
+    let stop = bed.member.stop_queue(0).unwrap().unwrap();
+    let detach = bed.member.detach().expect("requests are in flight");
+    assert!(bed.member.attach().is_err());
+    std::thread::sleep(Duration::from_millis(20));
+    bed.until("nothing", |_| true);
+    assert!(bed.ended.is_empty(), "neither may end before the requests");
+    bed.answer(2);
+    bed.done(stop);
+    bed.done(detach);
+    bed.member.finish_detach();
+    assert_eq!(bed.used(0), 2, "answered, although the front end has gone");
+    bed.member.attach().unwrap();
+}
+
+#[test]
+fn a_broken_ring_keeps_a_position_without_holes() {
+    let mut bed = Bed::new(1, 16);
+    bed.start();
+    bed.offer(0, 2);
+    bed.in_flight(2);
+    // The third request is one that the device can't take.
+    bed.rings[0].descriptor(&bed.guest, 2, BASE + SIZE - 0x1000, 13, 0, 0);
+    bed.offer(0, 1);
+    bed.until("broken", |bed| !bed.broken.is_empty());
+    assert_eq!(bed.broken, ["slow.thirteen"]);
+    // QEMU pauses the guest: status 0, then it asks for the position.
+    let token = bed.member.set_status(0).unwrap();
+    assert!(bed.member.owner().is_broken(), "not mended while its rings still run");
+    bed.answer(2);
+    bed.done(token);
+    bed.member.finish_status();
+    assert_eq!(bed.used(0), 2);
+    assert_eq!(
+        bed.member.queue_base(0).unwrap(),
+        2,
+        "the unanswered request was not taken"
+    );
+    // ... and lets it go on: the same request, the same fault, nothing lost in between.
+    bed.member.set_queue_base(0, 2).unwrap();
+    bed.member
+        .set_queue_kick(0, Some(bed.kicks[0].try_clone().unwrap()))
+        .unwrap();
+    bed.until("broken again", |bed| bed.broken.len() == 2);
+    assert_eq!(bed.used(0), 2);
+}
+
+#[test]
+fn more_completions_than_the_queue_of_the_kernel_holds() {
+    let mut bed = Bed::new(4, 1024);
+    bed.start();
+    for queue in 0..4 {
+        // No interrupts: then nothing but the completions themselves calls the kernel.
+        bed.rings[queue].set_avail_flags(&bed.guest, 1);
+        bed.offer(queue, 1024);
+    }
+    bed.until("all in flight", |bed| {
+        (0..4).all(|q| {
+            bed.member
+                .queue_stats(q)
+                .in_flight
+                .load(std::sync::atomic::Ordering::Relaxed)
+                == 1024
+        })
+    });
+    bed.answer(4096);
+    bed.until("all answered", |bed| (0..4).all(|queue| bed.used(queue) == 1024));
+}
+
+#[test]
+fn a_full_eventfd_costs_one_interrupt_and_no_more() {
+    // SAFETY: no pointers; the fd is new and nobody else's. It blocks, unlike those QEMU makes.
+    let call = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_CLOEXEC)) };
+    let full = u64::MAX - 1;
+    // SAFETY: writes eight bytes from a live local.
+    assert_eq!(unsafe { libc::write(call.as_raw_fd(), (&raw const full).cast(), 8) }, 8);
+    let mut bed = Bed::new(1, 16);
+    bed.call = call;
+    bed.start();
+    for n in 1..=200u16 {
+        bed.offer(0, 1);
+        bed.answer(1);
+        bed.until("an answer", |bed| bed.used(0) == n);
+    }
+    assert_eq!(
+        bed.member
+            .queue_stats(0)
+            .calls
+            .load(std::sync::atomic::Ordering::Relaxed),
+        1
+    );
+    // The interrupt never gets through, but a stop does.
+    let token = bed.member.stop_queue(0).unwrap().unwrap();
+    bed.done(token);
+}
+
+#[test]
+fn memory_that_changes_for_ever_under_hanging_storage() {
+    let mut bed = Bed::new(1, 16);
+    bed.start();
+    bed.offer(0, 1);
+    bed.in_flight(1);
+    let other = memfd(0x10_0000);
+    for round in 0..100u64 {
+        let region = bed
+            .pool
+            .mappings()
+            .region(&peer(&other), 1 << 40, 0x1000, 1 << 41, round * 0x1000)
+            .unwrap();
+        let token = bed.member.add_memory(region).unwrap().unwrap();
+        bed.done(token);
+        let token = bed.member.remove_memory(1 << 40, 0x1000, 1 << 41).unwrap().unwrap();
+        bed.done(token);
+        if !bed.broken.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(bed.broken, ["memory.churn"]);
+    assert!(bed.pool.mappings().len() < 80, "{} mappings", bed.pool.mappings().len());
+    let token = bed.member.detach().unwrap();
+    bed.answer(1);
+    bed.done(token);
+    bed.member.finish_detach();
+    assert!(bed.pool.mappings().is_empty());
+}
