@@ -13,7 +13,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUST_MINIMUM := 1.85
+RUST_MINIMUM := 1.87
 
 # The tests of the native module's crate need no Python, so a machine without libpython's development files can link them.
 export PYO3_BUILD_EXTENSION_MODULE := 1

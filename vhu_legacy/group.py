@@ -254,7 +254,7 @@ class Group:
         """Everything about one member. Raises MemberError when there is none."""
         slot = self._slot(member_id)
         info = slot.member.info()
-        return {**info, "image": _image(info), **self._place(slot)}
+        return {**info, **self._place(slot)}
 
     async def query_statistics(self) -> dict[str, Any]:
         """Counters of the group: pool, descriptors, events, and the sums of its members' requests."""
@@ -293,7 +293,7 @@ class Group:
             "running_queues": sum(1 for queue in queues if queue["running"]),
             "served": sum(queue["requests"] for queue in queues),
             "errors": sum(queue["errors"] for queue in queues),
-            "image": _image(info),
+            "image": info["image"],
             "vhost_user": str(slot.path),
             "peer_pid": slot.peer_pid,
         }
@@ -655,6 +655,8 @@ async def open_group(
         raise GroupError(
             f"{config.source}: [owner] vfio_user = true: this version doesn't serve the owner; allowed: false"
         )
+    if config.owner is not None:
+        log.warning("[owner] is read, but not served by this version")
     if engine not in ENGINES:
         raise GroupError(f"engine {engine!r} is unknown; allowed: {', '.join(ENGINES)}")
     directory = (run_dir or config.run_dir or default_run_dir(config.name)).absolute()
@@ -706,11 +708,6 @@ async def _in_thread_shielded(function: Callable[[], None]) -> None:
         await trio.to_thread.run_sync(function, abandon_on_cancel=True)
     if scope.cancelled_caught:
         log.error("%s didn't end within %.0f s", getattr(function, "__qualname__", function), CLOSE_TIMEOUT)
-
-
-def _image(info: dict[str, Any]) -> dict[str, Any]:
-    """The image as it is served: a file that was opened for writing may be offered read-only by now."""
-    return {**info["image"], "read_only": info["config"]["read_only"]}
 
 
 def _without_place(problem: Problem) -> str:

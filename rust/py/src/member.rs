@@ -81,7 +81,7 @@ impl Member {
         entry.set_item("spec", &image.spec)?;
         entry.set_item("kind", image.kind())?;
         entry.set_item("size", image.size())?;
-        entry.set_item("read_only", image.read_only)?;
+        entry.set_item("read_only", self.blk.read_only())?;
         dict.set_item("image", entry)?;
         Ok(dict)
     }
