@@ -126,7 +126,8 @@ test-tools: native
 	done
 	if ! cargo nextest --version >/dev/null 2>&1; then
 		$(STEP) "cargo nextest (built once, a few minutes)"
-		cargo install --locked cargo-nextest
+		# The newest that Rust $(RUST_MINIMUM) can build.
+		cargo install --locked cargo-nextest@0.9.100
 	fi
 
 test: test-tools ## everything CI runs: format, lints, types, Rust and Python tests, with guests

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,8 +34,12 @@ logger = logging.getLogger(__name__)
 
 _BUSY_PATIENCE: Final = 2.0
 """Seconds a second front end waits for the first to be gone."""
-_DRAIN_PATIENCE: Final = 30.0
+_STOP_PATIENCE: Final = 60.0
+"""Seconds that a front end's request may wait for its rings: I/O in flight on slow storage has to end first."""
+_DRAIN_PATIENCE: Final = 10.0
 """Seconds that requests in flight may take, unless the server is told to end, to finish after a disconnect."""
+_REFUSAL_LOG_INTERVAL: Final = 10.0
+"""Seconds between log lines about refused front ends of one member."""
 _MAX_WAITING: Final = 8
 """Connections that may wait for a member at once; more are closed."""
 
@@ -86,6 +91,7 @@ class VhostUserServer:
         self._waiting = 0
         self._accepted = 0
         self._refused = 0
+        self._quiet_until = -math.inf
 
     def statistics(self) -> ConnectionStatistics:
         """Numbers of the moment."""
@@ -139,7 +145,7 @@ class VhostUserServer:
                 continue
             if self._waiting >= _MAX_WAITING:
                 self._refused += 1
-                sock.close()
+                Channel(sock).close()
                 continue
             nursery.start_soon(self._serve, Channel(sock))
 
@@ -161,6 +167,10 @@ class VhostUserServer:
         finally:
             self._waiting -= 1
         self._refused += 1
+        now = trio.current_time()
+        if now < self._quiet_until:
+            return None
+        self._quiet_until = now + _REFUSAL_LOG_INTERVAL
         logger.warning("member %d: front end (pid %s) refused: %s", self._member.id, channel.peer_pid(), reason)
         return None
 
@@ -220,10 +230,10 @@ class VhostUserServer:
                 await self._send_config_change(connection)
             if outcome.pending is None:
                 return True
-            with trio.move_on_after(_DRAIN_PATIENCE) as scope:
+            with trio.move_on_after(_STOP_PATIENCE) as scope:
                 await self._hub.wait_done(outcome.pending)
             if scope.cancelled_caught:
-                connection.reason = f"I/O in flight for {_DRAIN_PATIENCE:g} s"
+                connection.reason = f"I/O in flight for {_STOP_PATIENCE:g} s"
                 session.fail("drain.timeout", connection.reason)
                 return False
             outcome = session.resume(outcome.pending)

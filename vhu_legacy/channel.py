@@ -147,5 +147,13 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the socket. Idempotent."""
-        self._socket.close()
+        """Close the socket. Idempotent.
+
+        Descriptors that the peer sent and nobody has received go with it, and closing those can take as long as the
+        peer has arranged; so the native side does it, elsewhere.
+        """
+        if self._socket.fileno() < 0:
+            return
+        trio.lowlevel.notify_closing(self._socket)
+        self.shutdown()
+        _native.discard([self._socket.detach()])

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.handlers
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from queue import Full, Queue
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
@@ -41,6 +45,8 @@ log = logging.getLogger("vhu_legacy")
 ENGINES: Final = ("native", "rust-vmm")
 DEBUG: Final = "VHU_LEGACY_DEBUG"
 KEPT_EVENTS: Final = 12
+LOG_QUEUE: Final = 1000
+END_OF_LOG: Final = logging.makeLogRecord({})
 
 
 class Failure(click.ClickException):
@@ -241,8 +247,58 @@ def serve(file: Path, run_dir: Path | None, engine: str, log_level: str, as_json
 
     Prints one JSON line on stdout when all sockets are there (with or without --json), and logs to stderr.
     """
-    logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-    run_async(_serve, file, run_dir, engine)
+    with _log_to_stderr(log_level.upper()):
+        run_async(_serve, file, run_dir, engine)
+
+
+@contextmanager
+def _log_to_stderr(level: str) -> Iterator[None]:
+    """Log through a thread of its own: a pipe that nobody reads may stop that, but not the members.
+
+    Lines beyond what the queue holds are lost; their number is said when it drains.
+    """
+    lines: Queue[logging.LogRecord] = Queue(LOG_QUEUE)
+    target = logging.StreamHandler(sys.stderr)
+    target.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    writer = threading.Thread(target=_write_log, args=(lines, target), name="log", daemon=True)
+    handler = _LossyHandler(lines)
+    root = logging.getLogger()
+    root.setLevel(level)
+    root.addHandler(handler)
+    writer.start()
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        with suppress(Full):
+            lines.put_nowait(END_OF_LOG)
+        # Whoever reads may have stopped for good; a daemon thread doesn't keep the process.
+        writer.join(1.0)
+
+
+class _LossyHandler(logging.handlers.QueueHandler):
+    """Drops what does not fit, and counts it."""
+
+    lost = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        if self.lost:
+            note = logging.LogRecord(record.name, logging.WARNING, "", 0, "%d log lines lost", (self.lost,), None)
+            try:
+                self.queue.put_nowait(note)
+            except Full:
+                self.lost += 1
+                return
+            self.lost = 0
+        try:
+            self.queue.put_nowait(record)
+        except Full:
+            self.lost += 1
+
+
+def _write_log(lines: Queue[logging.LogRecord], target: logging.Handler) -> None:
+    while (record := lines.get()) is not END_OF_LOG:
+        target.handle(record)
 
 
 async def _serve(file: Path, run_dir: Path | None, engine: str) -> None:

@@ -448,6 +448,8 @@ class _Checker:
         kind = table.member_type()
         admin_queues = table.integer("admin_queues", 1, 1, MAX_ADMIN_QUEUES)
         vfio_user = table.boolean("vfio_user", False)
+        if vfio_user:
+            table.problem("vfio_user", "true", "false: this version doesn't serve the owner")
         image = table.string("image", _IMAGE_ALLOWED)
         if "image" not in values:
             table.missing("image", _IMAGE_ALLOWED)

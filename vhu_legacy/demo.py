@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import guest, images
-from .errors import GuestError, VhuError
+from .errors import GuestError, VhuError, single
 
 KERNEL = "6.12"
 _IMAGE_BYTES = 64 << 20
@@ -55,7 +55,10 @@ async def run_demo(console: Console) -> int:
             await images.ensure([KERNEL], [], progress)
         with tempfile.TemporaryDirectory(prefix="vhu-demo-") as scratch:
             await _play(story, Path(scratch))
-    except VhuError as error:
+    except (VhuError, OSError, BaseExceptionGroup) as raised:
+        error = single(raised)
+        if not isinstance(error, (VhuError, OSError)):
+            raise
         reason, *more = str(error).splitlines() or [type(error).__name__]
         for line in more:
             console.print(line, highlight=False, markup=False, soft_wrap=True)

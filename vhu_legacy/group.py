@@ -63,6 +63,10 @@ REQUEST_COUNTERS: Final = (
     "bytes_read",
     "bytes_written",
 )
+EVENT_BURST: Final = 32
+"""Events of one kind and member that are told at once; beyond, they are merged and paced."""
+EVENT_RATE: Final = 10
+"""Events of one kind and member a second, then."""
 DRAIN_TIMEOUT: Final = 10.0
 """Seconds that a member gets to finish what its rings have in flight, before it is reported as still
 draining.
@@ -112,6 +116,23 @@ class EventStream:
         return self._events.popleft()
 
 
+class _Pace:
+    """How often something may happen: a burst, then a steady rate."""
+
+    def __init__(self) -> None:
+        self._tokens = float(EVENT_BURST)
+        self._since: float | None = None
+
+    def take(self, now: float) -> bool:
+        if self._since is not None:
+            self._tokens = min(EVENT_BURST, self._tokens + (now - self._since) * EVENT_RATE)
+        self._since = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
 @dataclass(eq=False, slots=True)
 class _Slot:
     """One member and what serves it."""
@@ -145,9 +166,13 @@ class Group:
         self._nursery: trio.Nursery | None = None
         self._slots: dict[int, _Slot] = {}
         self._reserved: set[int] = set()
+        self._promised_ids: set[int] = set()
         self._fds_promised = 0
         self._callbacks: list[Callable[[GroupEvent], None]] = []
         self._event_count = 0
+        self._paces: dict[tuple[str, int], _Pace] = {}
+        self._held: dict[tuple[str, int], dict[str, Any]] = {}
+        self._held_some = trio.Event()
         hub.subscribe(self._native_event)
 
     @property
@@ -197,7 +222,7 @@ class Group:
             return
         if kind == "broken":
             self._log_broken(slot, data)
-        self._emit(kind, member_id, data)
+        self._emit_paced(kind, member_id, data)
 
     def _connection_event(self, kind: str, member_id: int, data: dict[str, Any]) -> None:
         slot = self._slots.get(member_id)
@@ -205,11 +230,13 @@ class Group:
             return
         if kind == "connected":
             slot.peer_pid = data.get("peer_pid")
-            log.info("member %d: connected, pid %s", member_id, slot.peer_pid)
         elif kind == "disconnected":
             slot.peer_pid = None
+        told = self._emit_paced(kind, member_id, data)
+        if told and kind == "connected":
+            log.info("member %d: connected, pid %s", member_id, slot.peer_pid)
+        elif told and kind == "disconnected":
             log.info("member %d: disconnected: %s", member_id, data.get("reason"))
-        self._emit(kind, member_id, data)
 
     def _log_broken(self, slot: _Slot, data: Mapping[str, Any]) -> None:
         # a guest can break its device as often as it likes: the log shall not be its to fill
@@ -217,6 +244,40 @@ class Group:
         if now - slot.broken_logged >= 10.0:
             slot.broken_logged = now
             log.warning("member %d: broken: %s: %s", slot.config.id, data.get("rule"), data.get("reason"))
+
+    def _emit_paced(self, kind: str, member_id: int, data: Mapping[str, Any]) -> bool:
+        """Emit an event that a guest or a front end can cause as often as it likes; False when it is held back.
+
+        A burst passes. Beyond it events of one kind and member are held and merged, and told at a steady pace: whoever
+        listens sees the last state and where it began, but can't be drowned (a QMP client that is, is dropped).
+        """
+        key = (kind, member_id)
+        pace = self._paces.get(key)
+        if pace is None:
+            pace = self._paces[key] = _Pace()
+        if key not in self._held and pace.take(trio.current_time()):
+            self._emit(kind, member_id, data)
+            return True
+        held = self._held.get(key)
+        merged = dict(data)
+        if held is not None and "old" in held:
+            merged["old"] = held["old"]
+        self._held[key] = merged
+        self._held_some.set()
+        return False
+
+    async def _tell_held(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Emit held events when their time has come, until cancelled."""
+        task_status.started()
+        while True:
+            await self._held_some.wait()
+            await trio.sleep(1 / EVENT_RATE)
+            now = trio.current_time()
+            for key in list(self._held):
+                if self._paces[key].take(now):
+                    self._emit(*key, self._held.pop(key))
+            if not self._held:
+                self._held_some = trio.Event()
 
     def _emit(self, kind: str, member_id: int, data: Mapping[str, Any]) -> None:
         event = GroupEvent(kind, member_id, dict(data))
@@ -309,7 +370,7 @@ class Group:
     def free_id(self) -> int:
         """The smallest member number that nobody has. Raises GroupError when there is none."""
         for member_id in range(1, MAX_MEMBER_ID + 1):
-            if member_id not in self._slots and member_id not in self._reserved:
+            if member_id not in self._slots and member_id not in self._reserved | self._promised_ids:
                 return member_id
         raise GroupError(f"all {MAX_MEMBER_ID} member ids are taken")
 
@@ -319,12 +380,18 @@ class Group:
         Raises MemberError that names every mistake.
         """
         chosen = self.free_id() if member_id is None else member_id
+        # kept for `member_add`, so that two who ask at the same time get two numbers
+        self._promised_ids.add(chosen)
         base = self.config.source.absolute().parent
         try:
             return await trio.to_thread.run_sync(
                 lambda: parse_member(values, member_id=chosen, base=base, label="member-add")
             )
-        except ConfigError as error:
+        except BaseException as raised:
+            self._promised_ids.discard(chosen)
+            if not isinstance(raised, ConfigError):
+                raise
+            error = raised
             raise MemberError(member_id, "; ".join(_without_place(p) for p in error.problems)) from None
 
     async def member_add(self, config: MemberConfig) -> Path:
@@ -383,6 +450,7 @@ class Group:
 
     async def _member_add(self, config: MemberConfig) -> Path:
         member_id = config.id
+        self._promised_ids.discard(member_id)
         if not 1 <= member_id <= MAX_MEMBER_ID:
             raise MemberError(None, f"member id {member_id} is out of range; allowed: 1 to {MAX_MEMBER_ID}")
         if member_id in self._slots or member_id in self._reserved:
@@ -466,6 +534,9 @@ class Group:
             await self._close_member(slot)
             slot.gone = True
             del self._slots[member_id]
+            for key in [key for key in self._paces if key[1] == member_id]:
+                del self._paces[key]
+                self._held.pop(key, None)
             self._fds_promised -= self._fds(slot.config)
         self._emit("deleted", member_id, {})
         log.info("member %d: deleted", member_id)
@@ -626,6 +697,7 @@ class Group:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                await nursery.start(self._tell_held)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
@@ -651,11 +723,11 @@ async def open_group(
     cancellation front ends are disconnected, rings drained, images let go of and all sockets removed; this
     takes a bounded time. The run directory is removed if it was made here and is empty.
     """
-    if config.owner is not None and config.owner.vfio_user:
-        raise GroupError(
-            f"{config.source}: [owner] vfio_user = true: this version doesn't serve the owner; allowed: false"
-        )
     if config.owner is not None:
+        if config.owner.vfio_user:
+            raise GroupError(
+                f"{config.source}: [owner] vfio_user = true: this version doesn't serve the owner; allowed: false"
+            )
         log.warning("[owner] is read, but not served by this version")
     if engine not in ENGINES:
         raise GroupError(f"engine {engine!r} is unknown; allowed: {', '.join(ENGINES)}")

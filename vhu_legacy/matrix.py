@@ -254,7 +254,13 @@ async def _broken_watch(group: guest.ServedGroup, member: int) -> AsyncIterator[
 
     async def look() -> None:
         while True:
-            info = await group.member(member)
+            try:
+                info = await group.member(member)
+            except VhuError as error:
+                # The group doesn't answer: that is this cell's failure, not the matrix's end.
+                watch.reason = f"the group doesn't answer: {error}"
+                watch.scope.cancel()
+                return
             failure = info.get("broken") or info.get("last-error")
             if failure:
                 watch.reason = f"{failure.get('rule')}: {failure.get('reason')}"

@@ -22,11 +22,11 @@ fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
 /// An fd that came from a front end, before it has been looked at.
 ///
 /// Even closing it can't be taken for granted: a TCP socket with SO_LINGER waits for its peer, a file on FUSE or a network
-/// waits for its server. Dropping this closes what is known to be harmless here and hands the rest to a thread of its own.
+/// waits for its server, and a UNIX socket can hold any of these, sent and not received. Dropping this closes what is known to be harmless here and hands the rest to a thread of its own.
 pub struct PeerFd(Option<OwnedFd>);
 
 /// Threads that may be busy closing strange fds; beyond, such fds stay open for good.
-const MAX_CLOSING: usize = 64;
+const MAX_CLOSING: usize = 512;
 static CLOSING: AtomicUsize = AtomicUsize::new(0);
 
 impl PeerFd {
@@ -83,7 +83,7 @@ impl Drop for PeerFd {
         let Some(fd) = self.0.take() else { return };
         // SAFETY: no pointers are involved.
         let is_pipe = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETPIPE_SZ) } >= 0;
-        if is_pipe || is_eventfd(&fd) || is_shared_memory(&fd) || forget_linger(&fd) {
+        if is_pipe || is_eventfd(&fd) || is_shared_memory(&fd) || (!is_unix(&fd) && forget_linger(&fd)) {
             return;
         }
         if CLOSING.fetch_add(1, Ordering::Relaxed) >= MAX_CLOSING {
@@ -189,24 +189,31 @@ pub fn is_eventfd(fd: &OwnedFd) -> bool {
         .is_ok_and(|link| link.as_os_str() == "anon_inode:[eventfd]")
 }
 
-/// Whether the fd is a connected stream socket of the UNIX family.
-pub fn is_unix_stream(fd: &OwnedFd) -> bool {
-    let ask = |option| {
-        let mut value: libc::c_int = 0;
-        let mut len = size_of::<libc::c_int>() as libc::socklen_t;
-        // SAFETY: value and len are live locals and len says how large value is.
-        let ret = unsafe {
-            libc::getsockopt(
-                fd.as_raw_fd(),
-                libc::SOL_SOCKET,
-                option,
-                (&raw mut value).cast(),
-                &raw mut len,
-            )
-        };
-        (ret == 0).then_some(value)
+/// A socket option, when the fd is a socket.
+fn socket_option(fd: &OwnedFd, option: libc::c_int) -> Option<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: value and len are live locals and len says how large value is.
+    let ret = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
     };
-    ask(libc::SO_DOMAIN) == Some(libc::AF_UNIX) && ask(libc::SO_TYPE) == Some(libc::SOCK_STREAM)
+    (ret == 0).then_some(value)
+}
+
+/// Whether the fd is a socket of the UNIX family.
+fn is_unix(fd: &OwnedFd) -> bool {
+    socket_option(fd, libc::SO_DOMAIN) == Some(libc::AF_UNIX)
+}
+
+/// Whether the fd is a stream socket of the UNIX family.
+pub fn is_unix_stream(fd: &OwnedFd) -> bool {
+    is_unix(fd) && socket_option(fd, libc::SO_TYPE) == Some(libc::SOCK_STREAM)
 }
 
 /// What a file is and how large.
