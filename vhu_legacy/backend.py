@@ -110,7 +110,8 @@ class VhostUserServer:
         Raises:
             OSError: the socket can't be bound (a path in use, or too long).
         """
-        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
             await listener.bind(str(self._path))
             identity = self._path.lstat()
             try:
@@ -125,6 +126,10 @@ class VhostUserServer:
                     now = self._path.lstat()
                     if (now.st_dev, now.st_ino) == (identity.st_dev, identity.st_ino):
                         self._path.unlink()
+        finally:
+            # As `Channel.close`: connections that wait to be accepted go with it, and what was sent on them.
+            trio.lowlevel.notify_closing(listener)
+            _native.discard([listener.detach()])
 
     async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         while True:
@@ -250,8 +255,9 @@ class VhostUserServer:
         try:
             while True:
                 message = await reverse.receive()
-                # No answer of ours to expect carries descriptors.
-                _native.discard(message.fds)
+                if message.fds:
+                    _native.discard(message.fds)
+                    raise TornMessage("message.fds", "file descriptors with an answer on the back-end channel")
                 connection.session.backend_reply(message.header, message.payload)
         except ConnectionEnd:
             pass
@@ -281,6 +287,9 @@ class VhostUserServer:
             logger.warning("member %d: CONFIG_CHANGE not sent, back-end channel closed: %s", self._member.id, error)
             reverse.shutdown()
             return False
+        except BaseException:
+            reverse.shutdown()
+            raise
         return True
 
     async def _detach(self, connection: _Connection) -> None:

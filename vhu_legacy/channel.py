@@ -22,7 +22,8 @@ __all__ = ["Channel", "ConnectionEnd", "Message", "TornMessage"]
 
 _HEADER: Final = _native.Session.HEADER_SIZE
 _MAX_FDS: Final = _native.Session.MAX_FDS
-_ANCILLARY: Final = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+# What the kernel lets one message carry (SCM_MAX_FD), so that it never has to drop any: it would do that here and now.
+_ANCILLARY: Final = socket.CMSG_SPACE(253 * array.array("i").itemsize)
 
 
 class ConnectionEnd(Exception):

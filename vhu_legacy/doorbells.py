@@ -83,8 +83,8 @@ class EventHub:
         On cancellation the completion goes on, and can be waited for again.
         """
         if token in self._ended:
-            self._ended.discard(token)
             await trio.lowlevel.checkpoint()
+            self._ended.discard(token)
             return
         event = self._waiting[token] = trio.Event()
         try:

@@ -16,9 +16,13 @@ use crate::memory::{MemoryMap, Region};
 use crate::ring::split::{self, AddressSpace, RingAddresses};
 use crate::ring::MAX_QUEUE_SIZE;
 use crate::runner::{ring_features, QueueSetup, QueueStats, Runner};
+use crate::sys;
 use crate::worker::{Owner, Pool, QueueHandle, Start};
 
 pub use crate::ring::feature;
+
+/// Guest memory from which letting go of it takes a while.
+const LARGE_MEMORY: u64 = 1 << 30;
 
 /// Device status bits.
 pub mod status {
@@ -285,7 +289,11 @@ impl Member {
         registers.driver_features = 0;
         registers.features_written = false;
         registers.protocol_features = 0;
-        registers.map = Arc::default();
+        let memory = std::mem::take(&mut registers.map);
+        if memory.size() > LARGE_MEMORY {
+            // When QEMU has died ours is the last mapping, and unmapping it frees the whole guest.
+            sys::drop_later(memory);
+        }
         let size = self.device.queue_size();
         for queue in &mut registers.queues {
             let stats = Arc::clone(&queue.stats);
@@ -294,6 +302,11 @@ impl Member {
                 ..Queue::new(size)
             };
         }
+    }
+
+    /// Whether a driver's features have been written since power-up or reset.
+    pub fn features_written(&self) -> bool {
+        self.lock().features_written
     }
 
     /// Whether a front end is attached or its requests still drain.
@@ -640,6 +653,9 @@ impl Member {
         let (Some(addresses), Some(_)) = (queue.addresses, queue.kick.as_ref()) else {
             return Ok(());
         };
+        // Before the call fd is taken: a ring that isn't in memory yet keeps everything for the next try.
+        split::resolve(&map, AddressSpace::User, addresses, queue.size, MAX_QUEUE_SIZE)
+            .map_err(|fault| fault.on_queue(index as u16))?;
         let runner = Runner::new(
             Arc::clone(&self.device),
             map,

@@ -263,6 +263,13 @@ impl MemoryMap {
         &self.regions
     }
 
+    /// Bytes of all regions.
+    pub fn size(&self) -> u64 {
+        self.regions
+            .iter()
+            .fold(0, |sum, region| sum.saturating_add(region.size))
+    }
+
     /// Whether there is no memory at all.
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()

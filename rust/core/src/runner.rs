@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::device::{Counters, Device, QueueContext, Request, Step};
+use crate::device::{Counters, Device, IoOp, QueueContext, Request, Step};
 use crate::error::Fault;
 use crate::memory::MemoryMap;
 use crate::ring::split::{AddressSpace, RingAddresses, SplitRing};
@@ -104,13 +104,36 @@ pub fn ring_features(features: u64) -> RingFeatures {
     }
 }
 
+/// A request in flight, with what the runner has to know of it.
+#[derive(Default)]
+struct Slot {
+    request: Request,
+    /// The memory map it points into: the number of changes before it.
+    generation: u64,
+    /// It goes on with a copy, not with a result.
+    copying: bool,
+}
+
+/// A memory map that was replaced while requests pointed into it.
+struct Retired {
+    _map: Arc<MemoryMap>,
+    generation: u64,
+    requests: usize,
+}
+
 /// A running queue.
 pub struct Runner {
     device: Arc<dyn Device>,
     ring: SplitRing,
     map: Arc<MemoryMap>,
-    /// Maps that requests in flight may still point into.
-    retired: Vec<Arc<MemoryMap>>,
+    /// Changes of the memory map so far.
+    generation: u64,
+    /// Requests in flight that point into the present map.
+    current: usize,
+    /// Maps that other requests in flight still point into.
+    retired: Vec<Retired>,
+    /// Requests in flight that are being copied.
+    copying: usize,
     space: AddressSpace,
     addresses: RingAddresses,
     driver_features: u64,
@@ -127,7 +150,7 @@ pub struct Runner {
     stats: Arc<QueueStats>,
     /// Requests. Made on demand: a queue that never has more than a few in flight needs a few. Growing moves them, but
     /// not what the kernel works on: guest memory, and scatter lists on the heap.
-    slots: Vec<Request>,
+    slots: Vec<Slot>,
     free: Vec<u16>,
     size: u16,
     in_flight: usize,
@@ -161,7 +184,10 @@ impl Runner {
             device,
             ring,
             map,
+            generation: 0,
+            current: 0,
             retired: Vec::new(),
+            copying: 0,
             space: setup.space,
             addresses: setup.addresses,
             driver_features: setup.driver_features,
@@ -259,13 +285,19 @@ impl Runner {
     /// # Errors
     /// `memory.churn` when requests in flight hold on to too many maps.
     pub fn set_memory(&mut self, map: Arc<MemoryMap>) -> Result<(), Fault> {
-        if self.in_flight > 0 {
+        if self.current > 0 {
             if self.retired.len() >= MAX_RETIRED {
-                let reason = format!("memory changed {MAX_RETIRED} times while requests were in flight");
+                let reason = format!("requests are in flight into {MAX_RETIRED} earlier memory maps");
                 return Err(Fault::new("memory.churn", reason).on_queue(self.index));
             }
-            self.retired.push(Arc::clone(&self.map));
+            self.retired.push(Retired {
+                _map: Arc::clone(&self.map),
+                generation: self.generation,
+                requests: self.current,
+            });
         }
+        self.generation += 1;
+        self.current = 0;
         self.suspended = !self.ring.rebase(&map, self.space, self.addresses);
         self.map = map;
         Ok(())
@@ -347,11 +379,16 @@ impl Runner {
         let count = self.ring.available()?.min(BATCH);
         let mut taken = 0;
         let mut bytes = 0;
-        while taken < count && bytes < BATCH_BYTES {
+        // One long copy at a time: it is made in pieces, and each piece is everybody's waiting time.
+        while taken < count && bytes < BATCH_BYTES && self.copying == 0 {
             // A driver that reuses descriptors before they are used can have more in flight than the ring has
             // entries; it waits.
             let Some(slot) = self.slot() else { break };
-            let request = &mut self.slots[usize::from(slot)];
+            let Slot {
+                request,
+                generation,
+                copying,
+            } = &mut self.slots[usize::from(slot)];
             request.chain.clear();
             request.scratch.clear();
             match self.ring.pop(&self.map, &mut request.chain) {
@@ -378,6 +415,10 @@ impl Runner {
                     self.free.push(slot);
                 }
                 Ok(Step::Io(op)) => {
+                    *generation = self.generation;
+                    *copying = matches!(op, IoOp::Yield);
+                    self.copying += usize::from(*copying);
+                    self.current += 1;
                     self.in_flight += 1;
                     uring.queue(&op, self.tag | u64::from(slot));
                 }
@@ -402,9 +443,15 @@ impl Runner {
     }
 
     fn resume(&mut self, slot: u16, result: i32, uring: &mut Uring) {
-        let Some(request) = self.slots.get_mut(usize::from(slot)) else {
+        let Some(Slot {
+            request,
+            generation,
+            copying,
+        }) = self.slots.get_mut(usize::from(slot))
+        else {
             return;
         };
+        let generation = *generation;
         let context = QueueContext {
             driver_features: self.driver_features,
             counters: &self.stats.counters,
@@ -415,23 +462,39 @@ impl Runner {
                 self.ring.push_used(request.chain.head, written);
                 self.pushed += 1;
                 self.free.push(slot);
-                self.landed();
+                if std::mem::take(copying) {
+                    self.copying -= 1;
+                }
+                self.landed(generation);
             }
         }
     }
 
-    /// One request less is in flight.
-    fn landed(&mut self) {
+    /// A request that pointed into a map is not in flight any more.
+    fn landed(&mut self, generation: u64) {
         self.in_flight -= 1;
-        if self.in_flight == 0 {
-            self.retired.clear();
+        if generation == self.generation {
+            self.current -= 1;
+            return;
         }
+        self.retired.retain_mut(|retired| {
+            retired.requests -= usize::from(retired.generation == generation);
+            retired.requests > 0
+        });
+    }
+
+    /// Whether a completion only says that the next piece of a copy may be made.
+    pub fn is_copy(&self, user_data: u64) -> bool {
+        self.slots
+            .get((user_data & 0xffff) as usize)
+            .is_some_and(|slot| slot.copying)
     }
 
     /// A panic has cut `complete` short: the request is given up. `before`: how many were in flight then.
     pub fn abandon(&mut self, before: usize) {
         if self.in_flight == before && before > 0 {
-            self.landed();
+            // Its map, if it was replaced meanwhile, stays with the runner.
+            self.in_flight -= 1;
         }
     }
 
@@ -460,7 +523,7 @@ impl Runner {
     fn slot(&mut self) -> Option<u16> {
         self.free.pop().or_else(|| {
             let next = u16::try_from(self.slots.len()).ok().filter(|&next| next < self.size)?;
-            self.slots.push(Request::default());
+            self.slots.push(Slot::default());
             Some(next)
         })
     }

@@ -629,7 +629,8 @@ impl Session {
                 format!("GET_CONFIG of {size} bytes carries {room}"),
             ));
         }
-        if !std::mem::replace(&mut self.config_read, true) {
+        // Before a driver has written features: a front end that only reconnects reads it later, if at all.
+        if !std::mem::replace(&mut self.config_read, true) && !self.member.features_written() {
             self.member.device().fresh();
         }
         let mut data = vec![0; size as usize];

@@ -4,11 +4,13 @@
 //! Raw fds are adopted (`OwnedFd`) in one place each: here for fds this process makes, in [`PeerFd::adopt`] for those
 //! that arrive from Python.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Turns -1 into the OS error.
 fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
@@ -24,10 +26,6 @@ fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
 /// Even closing it can't be taken for granted: a TCP socket with SO_LINGER waits for its peer, a file on FUSE or a network
 /// waits for its server, and a UNIX socket can hold any of these, sent and not received. Dropping this closes what is known to be harmless here and hands the rest to a thread of its own.
 pub struct PeerFd(Option<OwnedFd>);
-
-/// Threads that may be busy closing strange fds; beyond, such fds stay open for good.
-const MAX_CLOSING: usize = 512;
-static CLOSING: AtomicUsize = AtomicUsize::new(0);
 
 impl PeerFd {
     /// Takes ownership of a raw fd that the caller was given (SCM_RIGHTS, passed down by Python).
@@ -64,6 +62,11 @@ impl PeerFd {
             return Err("the fd is neither shared memory nor a file on a local file system");
         }
         // SAFETY: no pointers are involved.
+        let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
+        if seals > 0 && seals & (libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE) != 0 {
+            return Err("the fd is sealed against writing");
+        }
+        // SAFETY: no pointers are involved.
         let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
         if flags & libc::O_ACCMODE != libc::O_RDWR {
             return Err("the fd is not open for reading and writing");
@@ -86,20 +89,75 @@ impl Drop for PeerFd {
         if is_pipe || is_eventfd(&fd) || is_shared_memory(&fd) || (!is_unix(&fd) && forget_linger(&fd)) {
             return;
         }
-        if CLOSING.fetch_add(1, Ordering::Relaxed) >= MAX_CLOSING {
-            CLOSING.fetch_sub(1, Ordering::Relaxed);
-            log::error!("{MAX_CLOSING} fds of front ends can't be closed; another one is left open");
-            std::mem::forget(fd);
-            return;
+        drop_later(fd);
+    }
+}
+
+/// Threads that may be busy dropping things; beyond, things wait in line.
+const MAX_DROPPERS: usize = 64;
+/// How long the line may stand still before another thread is started for it.
+const DROP_PATIENCE: Duration = Duration::from_millis(100);
+
+#[derive(Default)]
+struct Line {
+    things: VecDeque<Box<dyn Send>>,
+    threads: usize,
+    waiting: usize,
+    moved: Option<Instant>,
+}
+
+static LINE: Mutex<Line> = Mutex::new(Line {
+    things: VecDeque::new(),
+    threads: 0,
+    waiting: 0,
+    moved: None,
+});
+static COME: Condvar = Condvar::new();
+
+/// Drops something on another thread, because that may take its time: a stranger's fd, or the last mapping of a large
+/// guest. One thread does it as a rule; more when it is held up.
+pub fn drop_later(thing: impl Send + 'static) {
+    let mut line = LINE.lock().unwrap_or_else(PoisonError::into_inner);
+    line.things.push_back(Box::new(thing));
+    if line.waiting > 0 {
+        COME.notify_one();
+        return;
+    }
+    let stuck = line.moved.is_none_or(|moved| moved.elapsed() > DROP_PATIENCE);
+    if line.threads == 0 || (stuck && line.threads < MAX_DROPPERS) {
+        line.threads += 1;
+        line.moved = Some(Instant::now());
+        drop(line);
+        if std::thread::Builder::new()
+            .name("vhu-drop".into())
+            .spawn(drop_things)
+            .is_err()
+        {
+            // What is in line waits for the next one who comes.
+            LINE.lock().unwrap_or_else(PoisonError::into_inner).threads -= 1;
         }
-        let closer = std::thread::Builder::new().name("vhu-close".into());
-        let spawned = closer.spawn(move || {
-            drop(fd);
-            CLOSING.fetch_sub(1, Ordering::Relaxed);
-        });
-        if spawned.is_err() {
-            // The closure, and the fd in it, are gone already.
-            CLOSING.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn drop_things() {
+    let mut line = LINE.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        if let Some(thing) = line.things.pop_front() {
+            line.moved = Some(Instant::now());
+            drop(line);
+            drop(thing);
+            line = LINE.lock().unwrap_or_else(PoisonError::into_inner);
+            continue;
+        }
+        line.waiting += 1;
+        let (after, result) = COME
+            .wait_timeout(line, Duration::from_secs(5))
+            .unwrap_or_else(PoisonError::into_inner);
+        line = after;
+        line.waiting -= 1;
+        if result.timed_out() && line.things.is_empty() {
+            line.threads -= 1;
+            return;
         }
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A thin layer over one io_uring: device operations and interrupts (writes to call eventfds) go through it.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -15,7 +16,10 @@ static ONE: u64 = 1;
 /// Submission and completion of asynchronous operations on one thread.
 pub struct Uring {
     ring: IoUring,
-    queued: usize,
+    /// What the submission queue had no room for.
+    backlog: VecDeque<squeue::Entry>,
+    /// An unexpected error has been logged.
+    complained: bool,
 }
 
 impl Uring {
@@ -31,7 +35,11 @@ impl Uring {
             .setup_cqsize(entries * 4)
             .build(entries)
             .or_else(|_| IoUring::builder().setup_cqsize(entries * 4).build(entries))?;
-        Ok(Self { ring, queued: 0 })
+        Ok(Self {
+            ring,
+            backlog: VecDeque::new(),
+            complained: false,
+        })
     }
 
     /// The fd that is readable while completions wait.
@@ -39,17 +47,25 @@ impl Uring {
         self.ring.as_raw_fd()
     }
 
-    fn push(&mut self, entry: &squeue::Entry) {
-        loop {
+    fn push(&mut self, entry: squeue::Entry) {
+        self.backlog.push_back(entry);
+        self.fill();
+        if !self.backlog.is_empty() {
+            self.submit();
+        }
+    }
+
+    /// Moves the backlog to the submission queue as far as there is room.
+    fn fill(&mut self) {
+        let mut queue = self.ring.submission();
+        while let Some(entry) = self.backlog.front() {
             // SAFETY: buffers and fds of an operation outlive it: a runner keeps requests with their buffers, images
             // and memory maps, and its call eventfd, until the completion has been reaped, and is itself kept until it
             // waits for none (Runner::idle).
-            let pushed = unsafe { self.ring.submission().push(entry) };
-            if pushed.is_ok() {
-                self.queued += 1;
+            if unsafe { queue.push(entry) }.is_err() {
                 return;
             }
-            self.submit();
+            self.backlog.pop_front();
         }
     }
 
@@ -88,7 +104,7 @@ impl Uring {
         } else {
             squeue::Flags::empty()
         };
-        self.push(&entry.flags(flags).user_data(user_data));
+        self.push(entry.flags(flags).user_data(user_data));
     }
 
     /// Queues an interrupt: one is added to the call eventfd. The fd must stay open until `user_data` comes back.
@@ -97,26 +113,34 @@ impl Uring {
     /// write would then block this worker and every member it serves. io_uring waits elsewhere.
     pub fn signal(&mut self, fd: RawFd, user_data: u64) {
         let entry = opcode::Write::new(types::Fd(fd), (&raw const ONE).cast(), 8).build();
-        self.push(&entry.user_data(user_data));
+        self.push(entry.user_data(user_data));
     }
 
     /// Asks the kernel to give up on the operation `target`; it then completes with an error. The request to do so
     /// completes as `user_data`.
     pub fn cancel(&mut self, target: u64, user_data: u64) {
-        self.push(&opcode::AsyncCancel::new(target).build().user_data(user_data));
+        self.push(opcode::AsyncCancel::new(target).build().user_data(user_data));
     }
 
-    /// Hands what is queued to the kernel. Operations that can end at once have ended when this returns.
+    /// Hands what is queued to the kernel. Operations that can end at once have ended when this returns. What the kernel
+    /// doesn't take at the moment stays queued.
     pub fn submit(&mut self) {
-        while self.queued > 0 {
+        loop {
+            self.fill();
+            if self.ring.submission().is_empty() {
+                return;
+            }
             match self.ring.submit() {
-                Ok(n) => self.queued = self.queued.saturating_sub(n.max(1)),
+                Ok(0) => return,
+                Ok(_) => {}
                 Err(e) => match e.raw_os_error() {
                     Some(libc::EINTR) => {}
-                    // The completion queue is full or memory is short: make room, then try again.
-                    Some(libc::EBUSY | libc::EAGAIN) => return,
+                    // The completion queue is full or memory is short: later.
+                    Some(libc::EBUSY | libc::EAGAIN | libc::ENOMEM) => return,
                     _ => {
-                        log::error!("io_uring submit: {e}");
+                        if !std::mem::replace(&mut self.complained, true) {
+                            log::error!("io_uring_enter: {e}");
+                        }
                         return;
                     }
                 },
@@ -129,19 +153,22 @@ impl Uring {
     /// # Errors
     /// What the kernel says, but for an interruption. A ring belongs to the thread that made it: elsewhere it fails.
     pub fn wait(&mut self) -> io::Result<()> {
+        self.fill();
         match self.ring.submit_and_wait(1) {
-            Ok(_) => {
-                self.queued = 0;
+            Ok(_) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM)) => {
+                // The kernel can't take more at the moment; what it has goes on.
+                std::thread::sleep(std::time::Duration::from_millis(1));
                 Ok(())
             }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(()),
             Err(e) => Err(e),
         }
     }
 
     /// Whether something is queued that the kernel hasn't taken.
-    pub fn has_queued(&self) -> bool {
-        self.queued > 0
+    pub fn has_queued(&mut self) -> bool {
+        !self.backlog.is_empty() || !self.ring.submission().is_empty()
     }
 
     /// Moves what has completed to `done`, as (user data, result).

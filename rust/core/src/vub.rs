@@ -13,6 +13,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -68,6 +69,8 @@ struct State {
 /// A member as the crate sees it.
 pub struct Adapter {
     member: Arc<Member>,
+    /// The connection is over: a driver that goes on offering requests must not keep the crate's worker.
+    ended: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -92,6 +95,7 @@ impl Adapter {
         };
         Ok(Arc::new(Self {
             member,
+            ended: AtomicBool::new(false),
             state: Mutex::new(state),
         }))
     }
@@ -174,7 +178,7 @@ impl Adapter {
                 let _ = vring.signal_used_queue();
             }
             let taken = taken.map_err(|fault| fault.on_queue(index))?;
-            if !runner.enable_notification() && taken == 0 {
+            if (!runner.enable_notification() && taken == 0) || self.ended.load(Ordering::Relaxed) {
                 return Ok(());
             }
         }
@@ -234,7 +238,7 @@ impl VhostUserBackend for Adapter {
         if offset.checked_add(size).is_none_or(|end| end > MAX_CONFIG) {
             return Vec::new();
         }
-        if !std::mem::replace(&mut lock(&self.state).config_read, true) {
+        if !std::mem::replace(&mut lock(&self.state).config_read, true) && !self.member.features_written() {
             self.member.device().fresh();
         }
         let mut data = vec![0; size as usize];
@@ -378,7 +382,7 @@ impl Daemon {
         let adapter = Adapter::new(Arc::clone(&self.member))?;
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let name = format!("vub-{}", self.member.id());
-        let mut daemon = VhostUserDaemon::new(name, adapter, memory).map_err(broken)?;
+        let mut daemon = VhostUserDaemon::new(name, Arc::clone(&adapter), memory).map_err(broken)?;
         self.member.attach()?;
         let served = daemon.start(listener).and_then(|()| {
             lock(&self.control).connection = daemon.shutdown_handle();
@@ -388,6 +392,7 @@ impl Daemon {
             daemon.wait()
         });
         lock(&self.control).connection = None;
+        adapter.ended.store(true, Ordering::Relaxed);
         // Joins the crate's worker, so that nothing of this connection is left when the member is free again.
         drop(daemon);
         if let Err(error) = served {

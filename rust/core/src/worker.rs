@@ -36,6 +36,8 @@ pub const DEFAULT_WORKERS: usize = 4;
 pub const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the last interrupt of a stopping queue may take.
 const LINGER: Duration = Duration::from_millis(100);
+/// Pieces of long copies made each time completions are looked at; more wait, so that everybody else gets a turn.
+const COPIES: u32 = 2;
 /// Turns without a look at epoll while queues are busy.
 const TURNS_PER_POLL: u32 = 8;
 
@@ -439,6 +441,10 @@ impl Worker {
                 self.handle_commands();
             }
             let idle = self.ready.is_empty() && self.touched.is_empty() && self.done.is_empty();
+            if idle {
+                // What completions have queued since the turn's last submission.
+                self.uring.submit();
+            }
             if idle || turn.is_multiple_of(TURNS_PER_POLL) {
                 // A submission the kernel would not take is tried again soon.
                 let timeout = match (idle, self.uring.has_queued(), self.lingering.is_empty()) {
@@ -549,10 +555,21 @@ impl Worker {
     fn reap(&mut self) {
         let mut done = std::mem::take(&mut self.done);
         self.uring.reap(&mut done);
-        for (user_data, result) in done.drain(..) {
+        let mut copies = COPIES;
+        done.retain(|&(user_data, result)| {
+            let index = Runner::number_of(user_data);
+            let queue = self.queues.get(index).and_then(Option::as_deref);
+            if queue.is_some_and(|queue| queue.runner.is_copy(user_data)) {
+                if copies == 0 {
+                    return true;
+                }
+                copies -= 1;
+            }
             self.complete(user_data, result);
-        }
-        self.done = done;
+            false
+        });
+        // Copies beyond the turn's share, for the next.
+        self.done.append(&mut done);
     }
 
     fn complete(&mut self, user_data: u64, result: i32) {
@@ -623,6 +640,8 @@ impl Worker {
             }
             if deadline <= now {
                 queue.runner.give_up(&mut self.uring);
+                // Another one that starts now gets its own time.
+                queue.lingering = false;
                 return false;
             }
             true

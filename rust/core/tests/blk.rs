@@ -371,6 +371,11 @@ fn a_shrunken_file_is_an_io_error_and_no_more() {
 fn configuration() {
     let disk = Disk::new("config", 1 << 20);
     let bench = Bench::new(disk.spec(), false, WCE);
+    assert!(
+        !bench.blk.writeback(),
+        "whoever doesn't read the configuration may rely on what an earlier process said"
+    );
+    bench.blk.fresh();
     let mut config = [0xff; 128];
     bench.blk.read_config(0, &mut config);
     assert_eq!(&config[..8], &2048u64.to_le_bytes());

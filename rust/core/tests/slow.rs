@@ -321,3 +321,61 @@ fn memory_that_changes_for_ever_under_hanging_storage() {
     bed.member.finish_detach();
     assert!(bed.pool.mappings().is_empty());
 }
+
+#[test]
+fn a_ring_whose_memory_comes_last_keeps_its_interrupt() {
+    let mut bed = Bed::new(1, 16);
+    let a = bed.rings[0].addresses;
+    let user = RingAddresses {
+        desc: a.desc + USER,
+        driver: a.driver + USER,
+        device: a.device + USER,
+    };
+    bed.member.set_queue_addresses(0, user).unwrap();
+    bed.member.set_queue_size(0, 16).unwrap();
+    bed.member
+        .set_queue_call(0, Some(bed.call.try_clone().unwrap()))
+        .unwrap();
+    bed.member
+        .set_queue_kick(0, Some(bed.kicks[0].try_clone().unwrap()))
+        .unwrap();
+    let other = bed
+        .pool
+        .mappings()
+        .region(&peer(&memfd(0x1000)), 1 << 40, 0x1000, 1 << 41, 0)
+        .unwrap();
+    assert!(bed.member.add_memory(other).unwrap().is_none());
+    let fd = peer(&bed.guest.file);
+    let region = bed.pool.mappings().region(&fd, BASE, SIZE, BASE + USER, 0).unwrap();
+    bed.member.add_memory(region).unwrap();
+    bed.offer(0, 1);
+    bed.answer(1);
+    bed.until("an answer", |bed| bed.used(0) == 1);
+    bed.until("its interrupt", |bed| sys::eventfd_drain(bed.call.as_raw_fd()));
+}
+
+#[test]
+fn memory_may_change_under_a_steady_load() {
+    let mut bed = Bed::new(1, 16);
+    bed.start();
+    let other = memfd(0x10_0000);
+    bed.offer(0, 1);
+    for round in 0..200u64 {
+        // Always one in flight, never the same one: no map is pointed into for long.
+        bed.in_flight(1);
+        let region = bed
+            .pool
+            .mappings()
+            .region(&peer(&other), 1 << 40, 0x1000, 1 << 41, 0)
+            .unwrap();
+        let token = bed.member.add_memory(region).unwrap().unwrap();
+        bed.done(token);
+        bed.offer(0, 1);
+        bed.in_flight(2);
+        bed.answer(1);
+        let token = bed.member.remove_memory(1 << 40, 0x1000, 1 << 41).unwrap().unwrap();
+        bed.done(token);
+        bed.until("an answer", |bed| bed.used(0) == round as u16 + 1);
+    }
+    assert!(bed.broken.is_empty());
+}

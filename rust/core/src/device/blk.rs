@@ -180,7 +180,9 @@ impl Blk {
             image: ArcSwap::from_pointee(image),
             options,
             serial,
-            writeback: AtomicU8::new(1),
+            // Write-through until a front end has read the configuration: one that reconnects to a new process doesn't
+            // read it again, and its guest may rely on write-through.
+            writeback: AtomicU8::new(0),
             read_only,
         };
         this.check_blocks(&this.image.load())?;
@@ -261,8 +263,10 @@ impl Blk {
                 }
             };
             self.image.store(Arc::new(new));
-            // What was acknowledged on the old image and not flushed yet. Requests in flight may still add to it.
-            old.sync()?;
+            // What was acknowledged on the old image and not flushed yet.
+            if let Err(error) = old.sync() {
+                log::error!("an image was swapped for another and may lack its last writes: {error}");
+            }
         } else if let Some(size) = size {
             if ro && old.kind() == "file" {
                 return fail("a read-only image can't be resized");
