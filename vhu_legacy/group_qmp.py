@@ -389,6 +389,9 @@ async def _ask_qemu(qmp: str, qom_path: str | None, member: Mapping[str, Any]) -
     except ConnectError as error:
         reason = getattr(error.exc, "strerror", None) or str(error.exc) or type(error.exc).__name__
         raise CommandError(f"QEMU at {qmp}: {reason}") from error
+    except (KeyError, TypeError, IndexError) as error:
+        # whatever listens there answers with something else than a QEMU does
+        raise CommandError(f"QEMU at {qmp}: an answer of unexpected shape ({error!r})") from error
     except (QMPError, OSError, EOFError) as error:
         raise CommandError(f"QEMU at {qmp}: {str(error) or type(error).__name__}") from error
 

@@ -36,7 +36,7 @@ import trio
 import trio_asyncio  # type: ignore[import-untyped]
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
-from . import images
+from . import images, qemu_args
 from .errors import GuestError
 
 Mode: TypeAlias = Literal["legacy", "transitional", "modern"]
@@ -48,11 +48,6 @@ GUEST_KIB: Final = 4096
 MIN_IMAGE_BYTES: Final = (HOST_KIB + GUEST_KIB + 4) * 1024
 """An image must be at least this big for the guest's checks with the default areas."""
 
-_MODE_FLAGS: Final[dict[Mode, str]] = {
-    "legacy": "disable-modern=on,disable-legacy=off",
-    "transitional": "disable-modern=off,disable-legacy=off",
-    "modern": "disable-modern=off,disable-legacy=on",
-}
 _TAIL_LINES = 15
 _LINE_LIMIT = 1 << 16
 _KEPT_LOGS = 20
@@ -127,28 +122,19 @@ class GuestResult:
     console_log: Path
 
 
-def _option(value: object) -> str:
-    # QEMU's option syntax: a comma inside a value is doubled.
-    return str(value).replace(",", ",,")
-
-
 def device_arguments(disk: Disk, qemu: images.QemuCommand, bus: str | None = None) -> list[str]:
     """QEMU's arguments for one disk, as that version wants them."""
-    chardev = f"socket,id=char-{disk.id},path={_option(disk.socket)}"
+    chardev = f"socket,id=char-{disk.id},path={qemu_args.escape(disk.socket)}"
     if disk.reconnect:
-        chardev += f",{_reconnect_key(qemu)}={_reconnect_value(qemu)}"
+        chardev += ",{}={}".format(*_reconnect(qemu))
     device = f"vhost-user-blk-pci,id={disk.id},chardev=char-{disk.id},num-queues={disk.queues}"
-    device += f",{_MODE_FLAGS[disk.mode]}" + (f",bus={bus}" if bus is not None else "")
+    device += f",{qemu_args.MODE_FLAGS[disk.mode]}" + (f",bus={bus}" if bus is not None else "")
     return ["-chardev", chardev, "-device", device]
 
 
-def _reconnect_key(qemu: images.QemuCommand) -> str:
-    # reconnect-ms came with 9.2; reconnect (seconds) went away after 10.x.
-    return "reconnect-ms" if qemu.series >= (10, 0) else "reconnect"
-
-
-def _reconnect_value(qemu: images.QemuCommand) -> int:
-    return 200 if qemu.series >= (10, 0) else 1
+def _reconnect(qemu: images.QemuCommand) -> tuple[str, int]:
+    """How this version is told to come back when the group is restarted: option and value."""
+    return ("reconnect-ms", 200) if qemu.series >= qemu_args.RECONNECT_MS_SINCE else ("reconnect", 1)
 
 
 def vm_arguments(config: VmConfig, qemu: images.QemuCommand, kernel: images.GuestKernel, log_dir: Path) -> list[str]:
@@ -174,7 +160,7 @@ def vm_arguments(config: VmConfig, qemu: images.QemuCommand, kernel: images.Gues
     argv += ["-kernel", str(kernel.vmlinuz), "-initrd", str(kernel.initramfs), "-append", append]
     argv += [
         "-chardev",
-        f"file,id=console,path={_option(log_dir / 'console.log')}",
+        f"file,id=console,path={qemu_args.escape(log_dir / 'console.log')}",
         "-serial",
         "chardev:console",
     ]
@@ -496,7 +482,8 @@ class Vm:
         if disk.reconnect:
             data = backend["data"]
             assert isinstance(data, dict)
-            data[_reconnect_key(self.qemu)] = _reconnect_value(self.qemu)
+            key, value = _reconnect(self.qemu)
+            data[key] = value
         arguments: dict[str, object] = {
             "driver": "vhost-user-blk-pci",
             "id": disk.id,

@@ -41,7 +41,7 @@ RECONNECT_MS_SINCE: Final = (9, 2)
 BINARY: Final = "qemu-system-x86_64"
 MAX_QUEUE_SIZE: Final = 1024
 
-_DISABLE: Final[dict[Mode, str]] = {
+MODE_FLAGS: Final[dict[Mode, str]] = {
     "legacy": "disable-modern=on,disable-legacy=off",
     "transitional": "disable-modern=off,disable-legacy=off",
     "modern": "disable-modern=off,disable-legacy=on",
@@ -111,7 +111,7 @@ def device(disk: DiskArgs, mode: Mode, *, extra: Sequence[str] = ()) -> list[str
         f"chardev={escape(disk.name)}-chr",
         f"num-queues={disk.queues}",
         f"queue-size={disk.queue_size}",
-        _DISABLE[mode],
+        MODE_FLAGS[mode],
         *extra,
     ]
     return ["-device", ",".join(properties)]
