@@ -114,6 +114,15 @@ class RunningGroup:
         wanted = re.compile(pattern)
         return [line for line in self.log().splitlines() if named.search(line) and wanted.search(line)]
 
+    def wait_logged(self, member: int, pattern: str) -> list[str]:
+        """As `log_lines`, once there is one: the log is written by a thread of its own."""
+        deadline = time.monotonic() + 5
+        while not (lines := self.log_lines(member, pattern)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"member {member}: nothing logged like {pattern!r}")
+            time.sleep(0.01)
+        return lines
+
     def socket(self, member: int) -> Path:
         """A member's vhost-user socket."""
         for entry in self.ready["members"]:

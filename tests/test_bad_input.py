@@ -752,7 +752,7 @@ def test_bad_input(group: RunningGroup, bystander: Bystander, number: int) -> No
     group.wait_detached(member)
 
     assert group.alive()
-    assert len(group.log_lines(member, "broken")) == 1, group.log_lines(member)
+    assert len(group.wait_logged(member, "broken")) == 1, group.log_lines(member)
     wait_until(lambda: group.open_fds() == fds, what="closing all fds")
     others = [state for state in group.execute("query-members") if state["id"] != member]
     assert not [state for state in others if state["id"] > member and state["broken"]]

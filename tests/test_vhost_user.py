@@ -953,7 +953,7 @@ def test_second_front_end_is_refused_in_bounded_time(group: RunningGroup, driver
     info = group.member(MEMBER)
     assert info["broken"] is None
     assert info["connection"]["refused"] >= 1
-    assert len(group.log_lines(MEMBER, "refused")) == 1
+    assert len(group.wait_logged(MEMBER, "refused")) == 1
 
 
 def test_second_front_end_is_served_when_the_first_leaves(group: RunningGroup, driver: BlkDriver) -> None:
