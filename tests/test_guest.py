@@ -6,6 +6,9 @@ process of its own.
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -353,3 +356,28 @@ async def test_demo(tmp_path: Path) -> None:
         assert await demo.run_demo(Console(file=out)) == 0
     lines = (tmp_path / "out").read_text().splitlines()
     assert lines[-1] == "demo: PASS"
+
+
+def _runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+async def test_sigterm_ends_the_guest_of_boot(tmp_path: Path) -> None:
+    """`timeout 60 vhu-legacy boot …`: the QEMU it has started must not be left behind."""
+    image = tmp_path / "disk1.raw"
+    await trio.to_thread.run_sync(guest.make_image, image)
+    async with guest.serve_group([guest.MemberSpec(image)], tmp_path) as group:
+        argv = [sys.executable, "-m", "vhu_legacy", "boot", "1", "--run-dir", str(group.run_dir), "--task", "rw-loop"]
+        process = await trio.lowlevel.open_process(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            with trio.fail_after(40):
+                while (await group.member(1))["state"] != "running":
+                    await trio.sleep(0.1)
+            qemu = (await group.member(1))["peer-pid"]
+            assert _runs(qemu)
+            process.terminate()
+            with trio.fail_after(20):
+                assert await process.wait() not in (0, -signal.SIGTERM)
+            assert not _runs(qemu)
+        finally:
+            process.kill()

@@ -201,10 +201,10 @@ def size_text(size: int) -> str:
 
 def run_async(function: Callable[..., Awaitable[T]], *args: object) -> T:
     """Run an async function to its end; groups with one exception in them are unwrapped."""
-    import trio
+    from .running import run
 
     try:
-        return trio.run(function, *args)
+        return run(function, *args)
     except BaseExceptionGroup as errors:
         error = single(errors)
         raise error from error.__cause__

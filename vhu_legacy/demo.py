@@ -22,6 +22,7 @@ from rich.table import Table
 
 from . import guest, images
 from .errors import GuestError, VhuError, single
+from .running import run
 
 KERNEL = "6.12"
 _IMAGE_BYTES = 64 << 20
@@ -181,7 +182,7 @@ def main(argv: Sequence[str] = ()) -> int:
         return 2
     status = 1
     try:
-        status = trio.run(run_demo, Console())
+        status = run(run_demo, Console())
     except* KeyboardInterrupt:
         print("demo: FAIL interrupted")
     return status

@@ -43,6 +43,7 @@ import trio
 from rich.progress import Progress, TaskID
 
 from .errors import ImagesError
+from .running import run
 
 KERNELS = ("5.10", "6.1", "6.12", "7.2")
 QEMUS = ("7.2", "11.1")
@@ -1253,7 +1254,7 @@ async def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     status_code = 130
     try:
-        status_code = trio.run(main, sys.argv[1:])
+        status_code = run(main, sys.argv[1:])
     except* KeyboardInterrupt:
         print("images: interrupted; what was downloaded is kept", file=sys.stderr)
     sys.exit(status_code)
