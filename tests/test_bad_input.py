@@ -753,6 +753,8 @@ def test_bad_input(group: RunningGroup, bystander: Bystander, number: int) -> No
 
     assert group.alive()
     assert len(group.wait_logged(member, "broken")) == 1, group.log_lines(member)
+    broken_line = group.log_lines(member, "broken")[0]
+    assert broken_line.count(f"{one.rule}: ") == 1, broken_line
     wait_until(lambda: group.open_fds() == fds, what="closing all fds")
     others = [state for state in group.execute("query-members") if state["id"] != member]
     assert not [state for state in others if state["id"] > member and state["broken"]]

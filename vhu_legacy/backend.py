@@ -214,7 +214,8 @@ class VhostUserServer:
             session.fail(error.rule, str(error))
         except _native.NativeError as error:
             connection.reason = str(error)
-            session.fail(error.rule, str(error))
+            # its text begins with the rule, which is told by itself
+            session.fail(error.rule, str(error).removeprefix(f"{error.rule}: "))
         except (OSError, trio.ClosedResourceError) as error:
             connection.reason = f"connection broke: {error}"
 
@@ -263,7 +264,7 @@ class VhostUserServer:
             pass
         except (TornMessage, _native.NativeError) as error:
             connection.reason = str(error)
-            connection.session.fail(error.rule, str(error))
+            connection.session.fail(error.rule, str(error).removeprefix(f"{error.rule}: "))
             connection.channel.shutdown()
         except (OSError, trio.ClosedResourceError) as error:
             logger.info("member %d: back-end channel: %s", self._member.id, error)
