@@ -8,6 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::error::{Error, Fault, Result};
 use crate::sys;
 
+/// Called once, from any thread, when something that was waited for is there. Must not block, and must not take locks that
+/// its caller's caller may hold; as a rule it sets a flag and wakes somebody.
+pub type Waker = Box<dyn FnOnce() + Send>;
+
 /// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -36,6 +40,24 @@ pub enum Event {
     Config {
         /// Member.
         member: u32,
+    },
+    /// A client has connected to a PCI function.
+    FunctionConnected {
+        /// Member; 0 is the owner.
+        member: u32,
+        /// Kind of function.
+        function: &'static str,
+        /// The client's process.
+        peer_pid: Option<i32>,
+    },
+    /// A client has left a PCI function, and everything of it has ended.
+    FunctionDisconnected {
+        /// Member; 0 is the owner.
+        member: u32,
+        /// Kind of function.
+        function: &'static str,
+        /// Why.
+        reason: String,
     },
 }
 
@@ -82,11 +104,17 @@ impl Events {
 
     /// A completion whose `Done` event comes when its last clone is dropped.
     pub fn completion(self: &Arc<Self>) -> Completion {
-        let token = self.tokens.fetch_add(1, Ordering::Relaxed);
+        let token = self.token();
+        let events = Arc::clone(self);
         Completion(Arc::new(Pending {
             token,
-            events: Arc::clone(self),
+            then: Mutex::new(Some(Box::new(move || events.push(Event::Done { token })))),
         }))
+    }
+
+    /// A token of its own, for a `Done` event that somebody else will push.
+    pub fn token(&self) -> u64 {
+        self.tokens.fetch_add(1, Ordering::Relaxed)
     }
 }
 
@@ -96,7 +124,15 @@ impl Events {
 pub struct Completion(Arc<Pending>);
 
 impl Completion {
-    /// The token of the `Done` event.
+    /// A completion that calls `then` when its last clone is dropped.
+    pub fn call(then: impl FnOnce() + Send + 'static) -> Self {
+        Self(Arc::new(Pending {
+            token: 0,
+            then: Mutex::new(Some(Box::new(then))),
+        }))
+    }
+
+    /// The token of the `Done` event; 0 for a completion that calls something instead.
     pub fn token(&self) -> u64 {
         self.0.token
     }
@@ -104,11 +140,15 @@ impl Completion {
 
 struct Pending {
     token: u64,
-    events: Arc<Events>,
+    /// Behind a mutex only so that the whole can be shared; it is taken once, in drop.
+    then: Mutex<Option<Waker>>,
 }
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        self.events.push(Event::Done { token: self.token });
+        let then = self.then.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(then) = then {
+            then();
+        }
     }
 }

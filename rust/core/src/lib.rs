@@ -16,5 +16,6 @@ pub mod session;
 mod sigbus;
 pub mod sys;
 pub mod uring;
+pub mod vfio_user;
 pub mod vub;
 pub mod worker;

@@ -350,6 +350,10 @@ pub fn wait_readable(fds: &[RawFd]) {
     unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
 }
 
+fn interest(read: bool, write: bool) -> libc::c_int {
+    (if read { libc::EPOLLIN } else { 0 }) | if write { libc::EPOLLOUT } else { 0 }
+}
+
 /// An epoll instance with 64-bit tokens.
 pub struct Epoll {
     fd: OwnedFd,
@@ -385,6 +389,24 @@ impl Epoll {
     /// What `epoll_ctl` says.
     pub fn add_edge(&self, fd: RawFd, token: u64) -> io::Result<()> {
         self.add_with(fd, token, libc::EPOLLIN | libc::EPOLLET)
+    }
+
+    /// Watches `fd` for reading, writing, both or neither, level triggered.
+    ///
+    /// # Errors
+    /// What `epoll_ctl` says.
+    pub fn add_for(&self, fd: RawFd, token: u64, read: bool, write: bool) -> io::Result<()> {
+        self.add_with(fd, token, interest(read, write))
+    }
+
+    /// Watches an fd that is watched already for something else.
+    pub fn change(&self, fd: RawFd, token: u64, read: bool, write: bool) {
+        let mut event = libc::epoll_event {
+            events: interest(read, write) as u32,
+            u64: token,
+        };
+        // SAFETY: event is a live local.
+        unsafe { libc::epoll_ctl(self.fd.as_raw_fd(), libc::EPOLL_CTL_MOD, fd, &raw mut event) };
     }
 
     fn add_with(&self, fd: RawFd, token: u64, events: libc::c_int) -> io::Result<()> {

@@ -11,7 +11,7 @@
 //! one publish per queue touched; one more submit for the interrupts.
 
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Fault, Result};
-use crate::event::{Completion, Event, Events};
+use crate::event::{Completion, Event, Events, Waker};
 use crate::memory::{MappingCache, MemoryMap};
 use crate::runner::Runner;
 use crate::sys::{self, Epoll};
@@ -29,6 +29,10 @@ use crate::uring::Uring;
 const TOKEN_COMMANDS: u64 = 0;
 const TOKEN_URING: u64 = 1;
 const TOKEN_QUEUES: u64 = 2;
+/// Sources have their key here; queue tokens are small.
+const TOKEN_SOURCES: u64 = 1 << 63;
+/// Numbers in user data from here on are interrupts of sources; queues have smaller ones.
+const SIGNALS: usize = 1 << 32;
 
 /// Workers by default: one per CPU, at most this many.
 pub const DEFAULT_WORKERS: usize = 4;
@@ -117,6 +121,10 @@ enum Command {
     SetKick(u64, OwnedFd, Completion),
     SetMemory(u64, Arc<MemoryMap>, Completion),
     SetFeatures(u64, u64, Completion),
+    AddSource(u64, Box<dyn Source>),
+    WakeSource(u64),
+    RemoveSource(u64, Completion),
+    Timer(Instant, Waker),
     Quit,
 }
 
@@ -185,6 +193,114 @@ impl QueueHandle {
     /// Replaces the memory map.
     pub fn set_memory(&self, map: Arc<MemoryMap>, done: Completion) {
         self.worker.send(Command::SetMemory(self.key, map, done));
+    }
+}
+
+/// What a source wants to be woken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interest {
+    /// There is something to read.
+    pub read: bool,
+    /// There is room to write.
+    pub write: bool,
+}
+
+/// What becomes of a source after a visit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    /// Nothing to do until its fd, its handle or its deadline says so.
+    Wait,
+    /// There is more to do; others first.
+    Again,
+    /// It is done for: to be removed.
+    End,
+}
+
+/// Something with a socket that lives on a worker beside the queues: it is visited when its fd is ready, when its handle was
+/// used to wake it, and when its deadline has passed.
+pub trait Source: Send {
+    /// The fd to watch, level triggered. Always the same one, and open until the source is dropped.
+    fn fd(&self) -> RawFd;
+    /// What to watch it for; asked again after each visit.
+    fn interest(&self) -> Interest;
+    /// Do a bounded amount of work; never block. A panic ends the source.
+    fn ready(&mut self, io: &mut SourceIo<'_>) -> Flow;
+    /// To be visited then at the latest.
+    fn deadline(&self) -> Option<Instant>;
+    /// It is being removed (asked for, ended by itself, or after a panic) and will be dropped next: let go of everything.
+    fn end(&mut self);
+}
+
+/// What a worker lends to a source for a visit.
+pub struct SourceIo<'a> {
+    signals: &'a mut Signals,
+    uring: &'a mut Uring,
+}
+
+impl SourceIo<'_> {
+    /// Adds one to an eventfd of the peer, without ever waiting for it. One at a time: while one is under way another is not
+    /// needed, since the peer will be woken by that one.
+    pub fn signal(&mut self, fd: &Arc<OwnedFd>) {
+        self.signals.send(fd, self.uring);
+    }
+}
+
+/// Interrupts of sources that are under way.
+#[derive(Default)]
+struct Signals {
+    under_way: Vec<Option<Arc<OwnedFd>>>,
+}
+
+impl Signals {
+    /// Most that may be under way at once. Only eventfds that their owner has filled and made blocking stay so.
+    const MOST: usize = 4096;
+
+    fn send(&mut self, fd: &Arc<OwnedFd>, uring: &mut Uring) {
+        if self.under_way.iter().flatten().any(|other| Arc::ptr_eq(other, fd)) {
+            return;
+        }
+        let index = match self.under_way.iter().position(Option::is_none) {
+            Some(index) => index,
+            None if self.under_way.len() < Self::MOST => {
+                self.under_way.push(None);
+                self.under_way.len() - 1
+            }
+            None => return,
+        };
+        self.under_way[index] = Some(Arc::clone(fd));
+        uring.signal(fd.as_raw_fd(), ((SIGNALS + index) as u64) << 16);
+    }
+
+    fn ended(&mut self, number: usize) {
+        if let Some(slot) = self.under_way.get_mut(number - SIGNALS) {
+            *slot = None;
+        }
+    }
+
+    /// Gives up all that are left; they end with an error.
+    fn cancel(&self, uring: &mut Uring) {
+        for (index, _) in self.under_way.iter().enumerate().filter(|(_, fd)| fd.is_some()) {
+            uring.cancel(((SIGNALS + index) as u64) << 16, u64::MAX);
+        }
+    }
+}
+
+/// A source, seen from elsewhere.
+#[derive(Clone)]
+pub struct SourceHandle {
+    worker: Arc<WorkerHandle>,
+    key: u64,
+}
+
+impl SourceHandle {
+    /// Has the source visited soon.
+    pub fn wake(&self) {
+        self.worker.send(Command::WakeSource(self.key));
+    }
+
+    /// Removes the source; `done` ends when it is gone.
+    pub fn remove(&self, done: Completion) {
+        self.worker.send(Command::RemoveSource(self.key, done));
     }
 }
 
@@ -270,6 +386,24 @@ impl Pool {
             worker_index: index as u32,
             key,
         }
+    }
+
+    /// Puts a source on a worker; `make` gets the handle first.
+    pub fn add_source(&self, make: impl FnOnce(SourceHandle) -> Box<dyn Source>) -> SourceHandle {
+        let index = self.next.fetch_add(1, Ordering::Relaxed) as usize % self.workers.len();
+        let key = self.keys.fetch_add(1, Ordering::Relaxed);
+        let handle = SourceHandle {
+            worker: Arc::clone(&self.workers[index]),
+            key,
+        };
+        let source = make(handle.clone());
+        handle.worker.send(Command::AddSource(key, source));
+        handle
+    }
+
+    /// Calls `then` after some time, on a worker. When the pool is closed before, it is dropped.
+    pub fn after(&self, time: Duration, then: Waker) {
+        self.workers[0].send(Command::Timer(Instant::now() + time, then));
     }
 
     /// What each worker has been doing.
@@ -381,6 +515,14 @@ impl Queue {
     }
 }
 
+/// A source on its worker.
+struct Held {
+    source: Box<dyn Source>,
+    interest: Interest,
+    /// In `Worker::woken`.
+    woken: bool,
+}
+
 struct Worker {
     epoll: Epoll,
     uring: Uring,
@@ -398,6 +540,13 @@ struct Worker {
     touched: Vec<usize>,
     /// Stopping queues whose last interrupt doesn't get through: until when, index, key.
     lingering: Vec<(Instant, usize, u64)>,
+    sources: HashMap<u64, Held>,
+    /// Sources to visit.
+    woken: Vec<u64>,
+    signals: Signals,
+    timers: Vec<(Instant, Waker)>,
+    /// The earliest of the timers' and the sources' deadlines.
+    alarm: Option<Instant>,
     tokens: Vec<u64>,
     done: Vec<(u64, i32)>,
     quit: bool,
@@ -428,6 +577,11 @@ impl Worker {
             ready: Vec::new(),
             touched: Vec::new(),
             lingering: Vec::new(),
+            sources: HashMap::new(),
+            woken: Vec::new(),
+            signals: Signals::default(),
+            timers: Vec::new(),
+            alarm: None,
             tokens: Vec::new(),
             done: Vec::new(),
             quit: false,
@@ -440,7 +594,8 @@ impl Worker {
             if self.pending.swap(false, Ordering::AcqRel) {
                 self.handle_commands();
             }
-            let idle = self.ready.is_empty() && self.touched.is_empty() && self.done.is_empty();
+            let idle =
+                self.ready.is_empty() && self.touched.is_empty() && self.done.is_empty() && self.woken.is_empty();
             if idle {
                 // What completions have queued since the turn's last submission.
                 self.uring.submit();
@@ -451,9 +606,12 @@ impl Worker {
                     (false, ..) => 0,
                     (true, true, _) => 1,
                     (true, false, false) => 10,
-                    (true, false, true) => -1,
+                    (true, false, true) => self.until_alarm(),
                 };
                 self.poll(timeout);
+                if self.alarm.is_some_and(|alarm| alarm <= Instant::now()) {
+                    self.ring_alarm();
+                }
             }
             turn = turn.wrapping_add(1);
             self.turn();
@@ -472,6 +630,7 @@ impl Worker {
                     self.handle_commands();
                 }
                 TOKEN_URING => {}
+                token if token & TOKEN_SOURCES != 0 => self.wake_source(token & !TOKEN_SOURCES),
                 token => {
                     let index = (token - TOKEN_QUEUES) as usize;
                     // A token may be of a queue that a command of this very turn has ended.
@@ -505,9 +664,128 @@ impl Worker {
         }
     }
 
+    /// Milliseconds until the next alarm; -1: there is none.
+    fn until_alarm(&self) -> i32 {
+        let Some(alarm) = self.alarm else { return -1 };
+        let left = alarm.saturating_duration_since(Instant::now());
+        // Rounded up: too early would be a wake-up for nothing.
+        i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+    }
+
+    /// Some deadline has passed: of timers, or of sources.
+    fn ring_alarm(&mut self) {
+        let now = Instant::now();
+        let due: Vec<u64> = self
+            .sources
+            .iter()
+            .filter(|(_, held)| held.source.deadline().is_some_and(|deadline| deadline <= now))
+            .map(|(key, _)| *key)
+            .collect();
+        for key in due {
+            self.wake_source(key);
+        }
+        let (due, later) = std::mem::take(&mut self.timers)
+            .into_iter()
+            .partition(|(deadline, _)| *deadline <= now);
+        self.timers = later;
+        for (_, then) in due {
+            then();
+        }
+        let deadlines = self
+            .sources
+            .values()
+            .filter(|held| !held.woken)
+            .filter_map(|held| held.source.deadline());
+        self.alarm = deadlines.chain(self.timers.iter().map(|(at, _)| *at)).min();
+    }
+
+    fn set_alarm(&mut self, at: Instant) {
+        self.alarm = Some(self.alarm.map_or(at, |alarm| alarm.min(at)));
+    }
+
+    fn wake_source(&mut self, key: u64) {
+        if let Some(held) = self.sources.get_mut(&key) {
+            if !std::mem::replace(&mut held.woken, true) {
+                self.woken.push(key);
+            }
+        }
+    }
+
+    /// Visits the sources that something has happened to.
+    fn visit(&mut self) {
+        for key in std::mem::take(&mut self.woken) {
+            let Some(held) = self.sources.get_mut(&key) else {
+                continue;
+            };
+            held.woken = false;
+            let mut io = SourceIo {
+                signals: &mut self.signals,
+                uring: &mut self.uring,
+            };
+            let flow = catch_unwind(AssertUnwindSafe(|| held.source.ready(&mut io)));
+            match flow {
+                Ok(Flow::Wait) => {}
+                Ok(Flow::Again) => {
+                    held.woken = true;
+                    self.woken.push(key);
+                }
+                Ok(Flow::End) => {
+                    self.end_source(key);
+                    continue;
+                }
+                Err(_) => {
+                    log::error!("a bug in vhu_legacy: a connection's worker panicked; the connection is closed");
+                    self.end_source(key);
+                    continue;
+                }
+            }
+            let interest = held.source.interest();
+            if interest != held.interest {
+                held.interest = interest;
+                self.epoll
+                    .change(held.source.fd(), TOKEN_SOURCES | key, interest.read, interest.write);
+            }
+            if let Some(deadline) = held.source.deadline() {
+                self.set_alarm(deadline);
+            }
+        }
+    }
+
+    fn add_source(&mut self, key: u64, mut source: Box<dyn Source>) {
+        let interest = source.interest();
+        let added = self
+            .epoll
+            .add_for(source.fd(), TOKEN_SOURCES | key, interest.read, interest.write);
+        if self.quit || added.is_err() {
+            source.end();
+            return;
+        }
+        self.sources.insert(
+            key,
+            Held {
+                source,
+                interest,
+                woken: false,
+            },
+        );
+        self.wake_source(key);
+    }
+
+    fn end_source(&mut self, key: u64) {
+        if let Some(mut held) = self.sources.remove(&key) {
+            self.epoll.remove(held.source.fd());
+            if catch_unwind(AssertUnwindSafe(|| held.source.end())).is_err() {
+                log::error!("a bug in vhu_legacy: closing a connection panicked");
+            }
+        }
+    }
+
     /// One round over the busy queues.
     fn turn(&mut self) {
         self.stats.turns.fetch_add(1, Ordering::Relaxed);
+        if !self.woken.is_empty() {
+            self.visit();
+        }
         let mut ready = std::mem::take(&mut self.ready);
         for &index in &ready {
             self.take(index);
@@ -558,6 +836,10 @@ impl Worker {
         let mut copies = COPIES;
         done.retain(|&(user_data, result)| {
             let index = Runner::number_of(user_data);
+            if index >= SIGNALS {
+                self.signals.ended(index);
+                return false;
+            }
             let queue = self.queues.get(index).and_then(Option::as_deref);
             if queue.is_some_and(|queue| queue.runner.is_copy(user_data)) {
                 if copies == 0 {
@@ -749,8 +1031,21 @@ impl Worker {
                     self.wake_queue(index);
                 }
             }
+            Command::AddSource(key, source) => self.add_source(key, source),
+            Command::WakeSource(key) => self.wake_source(key),
+            Command::RemoveSource(key, _done) => self.end_source(key),
+            Command::Timer(at, then) => {
+                self.timers.push((at, then));
+                self.set_alarm(at);
+            }
             Command::Quit => {
                 self.quit = true;
+                let keys: Vec<u64> = self.sources.keys().copied().collect();
+                for key in keys {
+                    self.end_source(key);
+                }
+                self.timers.clear();
+                self.signals.cancel(&mut self.uring);
                 for index in 0..self.queues.len() {
                     if let Some(Some(queue)) = self.queues.get_mut(index) {
                         queue.enabled = false;

@@ -98,7 +98,7 @@ impl Bed {
                     self.ended.insert(token);
                 }
                 Event::Broken { member, fault } => self.broken.push((member, fault.rule)),
-                Event::Status { .. } | Event::Config { .. } => {}
+                _ => {}
             }
         }
     }

@@ -165,7 +165,7 @@ impl Bed {
                         self.ended.insert(token);
                     }
                     Event::Broken { fault, .. } => self.broken.push(fault.rule),
-                    Event::Status { .. } | Event::Config { .. } => {}
+                    _ => {}
                 }
             }
         }

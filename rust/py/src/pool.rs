@@ -52,6 +52,24 @@ impl Pool {
                         ("broken", member, data)
                     }
                     Event::Config { member } => ("config", member, data),
+                    Event::FunctionConnected {
+                        member,
+                        function,
+                        peer_pid,
+                    } => {
+                        data.set_item("function", function)?;
+                        data.set_item("peer_pid", peer_pid)?;
+                        ("function-connected", member, data)
+                    }
+                    Event::FunctionDisconnected {
+                        member,
+                        function,
+                        reason,
+                    } => {
+                        data.set_item("function", function)?;
+                        data.set_item("reason", reason)?;
+                        ("function-disconnected", member, data)
+                    }
                 })
             })
             .collect()
