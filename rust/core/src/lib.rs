@@ -10,6 +10,8 @@ pub mod error;
 pub mod event;
 pub mod member;
 pub mod memory;
+pub mod owner;
+pub mod pci;
 pub mod ring;
 pub mod runner;
 pub mod session;

@@ -199,6 +199,24 @@ impl MappingCache {
     }
 }
 
+/// Memory of the process's own.
+struct Own {
+    addr: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: as for Mapping; nobody borrows the memory as a slice.
+unsafe impl Send for Own {}
+// SAFETY: as above.
+unsafe impl Sync for Own {}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        // SAFETY: the last reference is gone, so no region or area points here.
+        unsafe { libc::munmap(self.addr.as_ptr().cast(), self.len) };
+    }
+}
+
 #[derive(Clone)]
 enum Backing {
     Mapped(Arc<Mapping>),
@@ -240,6 +258,38 @@ impl Region {
             host,
             backing: Backing::Foreign(keep),
         }
+    }
+
+    /// A region of zeroed memory of the process's own. Pages that nobody touches cost nothing.
+    ///
+    /// # Errors
+    /// `memory.region-size`, `memory.map`.
+    pub fn local(guest: u64, size: u64) -> Result<Self, Fault> {
+        let len = usize::try_from(size).unwrap_or(0);
+        if len == 0 || guest.checked_add(size).is_none() {
+            return Err(Fault::new("memory.region-size", format!("a region of {size} bytes")));
+        }
+        // SAFETY: a new mapping at an address the kernel chooses.
+        let addr = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        let Some(addr) = (addr != libc::MAP_FAILED)
+            .then(|| NonNull::new(addr.cast::<u8>()))
+            .flatten()
+        else {
+            let error = std::io::Error::last_os_error();
+            return Err(Fault::new("memory.map", format!("{size} bytes of memory: {error}")));
+        };
+        let own = Arc::new(Own { addr, len });
+        // SAFETY: `own` keeps the bytes mapped.
+        Ok(unsafe { Self::foreign(guest, size, addr, own) })
     }
 
     fn lost(&self) -> bool {
@@ -459,6 +509,32 @@ impl HostArea {
     pub fn u32(&self, offset: usize) -> &AtomicU32 {
         // SAFETY: as for u16, with areas that are at least 4-aligned.
         unsafe { AtomicU32::from_ptr(self.at(offset)) }
+    }
+
+    /// Copies `src` to `offset`. For areas that nobody else writes at the time (buffers of our own driver).
+    #[inline]
+    pub fn write(&self, offset: usize, src: &[u8]) {
+        assert!(
+            offset.checked_add(src.len()).is_some_and(|end| end <= self.len),
+            "copy of {} to {offset} of {}",
+            src.len(),
+            self.len
+        );
+        // SAFETY: inside the area, just checked; src is a borrow of other memory.
+        unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), self.ptr.as_ptr().add(offset), src.len()) };
+    }
+
+    /// Copies from `offset` to `dst`.
+    #[inline]
+    pub fn read(&self, offset: usize, dst: &mut [u8]) {
+        assert!(
+            offset.checked_add(dst.len()).is_some_and(|end| end <= self.len),
+            "copy of {} from {offset} of {}",
+            dst.len(),
+            self.len
+        );
+        // SAFETY: as in write.
+        unsafe { std::ptr::copy_nonoverlapping(self.ptr.as_ptr().add(offset), dst.as_mut_ptr(), dst.len()) };
     }
 
     /// The 64-bit little-endian value at `offset`, read once.

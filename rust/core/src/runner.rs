@@ -6,12 +6,13 @@
 //! `publish`.
 
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::device::{Counters, Device, IoOp, QueueContext, Request, Step};
 use crate::error::Fault;
+use crate::event::Waker;
 use crate::memory::MemoryMap;
 use crate::ring::split::{AddressSpace, RingAddresses, SplitRing};
 use crate::ring::{feature, RingFeatures, MAX_QUEUE_SIZE};
@@ -74,6 +75,28 @@ impl QueueStats {
     }
 }
 
+/// How a queue interrupts its driver.
+#[derive(Clone, Default)]
+pub struct Call {
+    /// Signalled for each interrupt; None: the driver polls.
+    pub fd: Option<Arc<OwnedFd>>,
+    /// The ISR status register, where the interrupt is to be seen there (PCI without MSI-X): bit 0 is set before the signal.
+    pub isr: Option<Arc<AtomicU8>>,
+}
+
+impl Call {
+    /// A plain eventfd.
+    pub fn eventfd(fd: Option<OwnedFd>) -> Self {
+        Self {
+            fd: fd.map(Arc::new),
+            isr: None,
+        }
+    }
+}
+
+/// Makes the waker of a request that waits for something else than its own I/O, from the number of its slot.
+pub type WakerFactory = Arc<dyn Fn(u16) -> Waker + Send + Sync>;
+
 /// Everything a queue needs to start.
 pub struct QueueSetup {
     /// Index of the queue in its member.
@@ -88,8 +111,8 @@ pub struct QueueSetup {
     pub next_avail: u16,
     /// All features the driver accepted.
     pub driver_features: u64,
-    /// Interrupts go here; None while the driver polls.
-    pub call: Option<OwnedFd>,
+    /// Interrupts go here.
+    pub call: Call,
     /// Counters.
     pub stats: Arc<QueueStats>,
 }
@@ -138,7 +161,11 @@ pub struct Runner {
     addresses: RingAddresses,
     driver_features: u64,
     index: u16,
-    call: Option<OwnedFd>,
+    call: Call,
+    /// Wakes requests that wait; set by the worker.
+    wakers: Option<WakerFactory>,
+    /// One request at a time, in the order of the ring.
+    serial: bool,
     /// High half of the user data of everything this queue submits.
     tag: u64,
     /// An interrupt is on its way: there is never more than one, so that a full eventfd can't pile them up.
@@ -146,7 +173,7 @@ pub struct Runner {
     /// Another one is due when it has arrived.
     signal_again: bool,
     /// An earlier call eventfd that the interrupt under way goes to.
-    old_call: Option<OwnedFd>,
+    old_call: Option<Arc<OwnedFd>>,
     stats: Arc<QueueStats>,
     /// Requests. Made on demand: a queue that never has more than a few in flight needs a few. Growing moves them, but
     /// not what the kernel works on: guest memory, and scatter lists on the heap.
@@ -180,6 +207,7 @@ impl Runner {
             setup.next_avail,
         )
         .map_err(|fault| fault.on_queue(setup.index))?;
+        let serial = device.serial();
         let runner = Self {
             device,
             ring,
@@ -193,6 +221,8 @@ impl Runner {
             driver_features: setup.driver_features,
             index: setup.index,
             call: setup.call,
+            wakers: None,
+            serial,
             tag: 0,
             signalling: false,
             signal_again: false,
@@ -229,6 +259,16 @@ impl Runner {
     /// Sets the number that the queue is known by in user data.
     pub fn set_tag(&mut self, number: usize) {
         self.tag = (number as u64) << 16;
+    }
+
+    /// Sets how requests that wait are woken.
+    pub fn set_wakers(&mut self, wakers: WakerFactory) {
+        self.wakers = Some(wakers);
+    }
+
+    /// The user data of a slot of the queue with this number.
+    pub fn user_data(number: usize, slot: u16) -> u64 {
+        (number as u64) << 16 | u64::from(slot)
     }
 
     /// The number in user data.
@@ -268,11 +308,11 @@ impl Runner {
     /// Replaces the call eventfd. With a new one an interrupt is sent at once: one raised between the front end's
     /// decision and ours went to the old one, and QEMU 7.2 doesn't wait for an answer here. A spurious interrupt does no
     /// harm, a lost one stops the guest.
-    pub fn set_call(&mut self, call: Option<OwnedFd>, uring: &mut Uring) {
+    pub fn set_call(&mut self, call: Call, uring: &mut Uring) {
         let old = std::mem::replace(&mut self.call, call);
         if self.signalling {
             // Kept open until the kernel is done with it; one that doesn't get through is given up.
-            self.old_call = self.old_call.take().or(old);
+            self.old_call = self.old_call.take().or(old.fd);
             self.give_up(uring);
         }
         if self.ring.used_idx() != 0 || self.stats.calls.load(Ordering::Relaxed) != 0 {
@@ -308,9 +348,10 @@ impl Runner {
         self.lost().unwrap_or_else(|| fault.on_queue(self.index))
     }
 
-    /// Goes on with other accepted features of the device; those of the ring are the same.
+    /// Goes on with other accepted features. Legacy drivers may write theirs after they have begun to use the ring.
     pub fn set_features(&mut self, features: u64) {
         self.driver_features = features;
+        self.ring.set_features(ring_features(features));
     }
 
     /// Whether memory was taken away.
@@ -363,10 +404,19 @@ impl Runner {
         false
     }
 
-    /// Asks the driver to notify again; true when there is already something.
+    /// Asks the driver to notify again; true when there is already something that can be taken.
     #[inline]
     pub fn enable_notification(&mut self) -> bool {
-        self.ring.enable_notification() && self.in_flight < usize::from(self.size)
+        self.ring.enable_notification() && self.in_flight < self.limit()
+    }
+
+    /// Requests that may be in flight at once.
+    fn limit(&self) -> usize {
+        if self.serial {
+            1
+        } else {
+            usize::from(self.size)
+        }
     }
 
     /// Takes up to [`BATCH`] requests, or [`BATCH_BYTES`], and starts them; those that need I/O are queued on `uring`.
@@ -376,6 +426,9 @@ impl Runner {
     /// A fault of the driver: the member must be broken.
     #[inline]
     pub fn take(&mut self, uring: &mut Uring) -> Result<u16, Fault> {
+        if self.serial && self.in_flight > 0 {
+            return Ok(0);
+        }
         let count = self.ring.available()?.min(BATCH);
         let mut taken = 0;
         let mut bytes = 0;
@@ -384,6 +437,10 @@ impl Runner {
             // A driver that reuses descriptors before they are used can have more in flight than the ring has
             // entries; it waits.
             let Some(slot) = self.slot() else { break };
+            if self.serial && self.in_flight > 0 {
+                self.free.push(slot);
+                break;
+            }
             let Slot {
                 request,
                 generation,
@@ -407,6 +464,7 @@ impl Runner {
             let context = QueueContext {
                 driver_features: self.driver_features,
                 counters: &self.stats.counters,
+                waker: self.wakers.as_ref().map(|wakers| (wakers, slot)),
             };
             match self.device.start(request, &context) {
                 Ok(Step::Done(written)) => {
@@ -421,6 +479,12 @@ impl Runner {
                     self.current += 1;
                     self.in_flight += 1;
                     uring.queue(&op, self.tag | u64::from(slot));
+                }
+                Ok(Step::Wait) => {
+                    *generation = self.generation;
+                    *copying = false;
+                    self.current += 1;
+                    self.in_flight += 1;
                 }
                 Err(fault) => {
                     // Not answered, so not taken: the position stays before it.
@@ -455,9 +519,11 @@ impl Runner {
         let context = QueueContext {
             driver_features: self.driver_features,
             counters: &self.stats.counters,
+            waker: self.wakers.as_ref().map(|wakers| (wakers, slot)),
         };
         match self.device.resume(request, &context, result) {
             Step::Io(op) => uring.queue(&op, self.tag | u64::from(slot)),
+            Step::Wait => {}
             Step::Done(written) => {
                 self.ring.push_used(request.chain.head, written);
                 self.pushed += 1;
@@ -529,9 +595,14 @@ impl Runner {
     }
 
     fn signal(&mut self, uring: &mut Uring) {
+        if let Some(isr) = &self.call.isr {
+            // Before the interrupt: its handler looks there. After `publish`, which came with a release: what the handler
+            // finds in the ring is at least as new.
+            isr.fetch_or(1, Ordering::Release);
+        }
         if self.signalling {
             self.signal_again = true;
-        } else if let Some(call) = &self.call {
+        } else if let Some(call) = &self.call.fd {
             self.signalling = true;
             uring.signal(call.as_raw_fd(), self.tag | SIGNAL);
             QueueStats::bump(&self.stats.calls, 1);

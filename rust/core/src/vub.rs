@@ -29,7 +29,7 @@ use crate::member::{feature, Member};
 use crate::memory::{MemoryMap, Region};
 use crate::ring::split::{AddressSpace, RingAddresses};
 use crate::ring::MAX_QUEUE_SIZE;
-use crate::runner::{QueueSetup, Runner};
+use crate::runner::{Call, QueueSetup, Runner};
 use crate::session::MAX_CONFIG;
 use crate::sys;
 use crate::uring::Uring;
@@ -145,7 +145,7 @@ impl Adapter {
                     space: AddressSpace::Guest,
                     next_avail,
                     driver_features: *features,
-                    call: None,
+                    call: Call::default(),
                     stats: self.member.queue_stats(index),
                 };
                 (

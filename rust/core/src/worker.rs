@@ -15,14 +15,14 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Fault, Result};
 use crate::event::{Completion, Event, Events, Waker};
 use crate::memory::{MappingCache, MemoryMap};
-use crate::runner::Runner;
+use crate::runner::{Call, Runner, WakerFactory};
 use crate::sys::{self, Epoll};
 use crate::uring::Uring;
 
@@ -108,7 +108,7 @@ pub struct Start {
     /// The queue.
     pub runner: Runner,
     /// Notifications come here.
-    pub kick: OwnedFd,
+    pub kick: Arc<OwnedFd>,
     /// Whether it may take requests at once.
     pub enabled: bool,
 }
@@ -117,8 +117,9 @@ enum Command {
     Start(u64, Box<Start>),
     Stop(u64, Completion),
     Enable(u64, bool, Completion),
-    SetCall(u64, Option<OwnedFd>, Completion),
-    SetKick(u64, OwnedFd, Completion),
+    SetCall(u64, Call, Completion),
+    SetKick(u64, Arc<OwnedFd>, Completion),
+    Resume(u64, u16),
     SetMemory(u64, Arc<MemoryMap>, Completion),
     SetFeatures(u64, u64, Completion),
     AddSource(u64, Box<dyn Source>),
@@ -144,12 +145,16 @@ struct WorkerHandle {
 
 impl WorkerHandle {
     fn send(&self, command: Command) {
-        // A worker that is gone has dropped its receiver; the command's completion is dropped with it here.
-        let _ = self
+        let sent = self
             .commands
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .send(command);
+        if let Err(unsent) = sent {
+            // The worker is gone. The command's completion ends with it, and may call somebody who wants a lock that our
+            // caller holds: so elsewhere.
+            sys::drop_later(unsent.0);
+        }
         self.pending.store(true, Ordering::Release);
         sys::eventfd_signal(&self.wake);
     }
@@ -175,14 +180,14 @@ impl QueueHandle {
         self.worker.send(Command::Enable(self.key, on, done));
     }
 
-    /// Replaces the call eventfd.
-    pub fn set_call(&self, call: Option<OwnedFd>, done: Completion) {
+    /// Replaces the way the driver is interrupted.
+    pub fn set_call(&self, call: Call, done: Completion) {
         self.worker.send(Command::SetCall(self.key, call, done));
     }
 
     /// Replaces the kick eventfd.
     pub fn set_kick(&self, kick: OwnedFd, done: Completion) {
-        self.worker.send(Command::SetKick(self.key, kick, done));
+        self.worker.send(Command::SetKick(self.key, Arc::new(kick), done));
     }
 
     /// Replaces the accepted features.
@@ -346,7 +351,7 @@ impl Pool {
         for index in 0..count {
             match start_worker(index) {
                 Ok((handle, thread)) => {
-                    pool.workers.push(Arc::new(handle));
+                    pool.workers.push(handle);
                     pool.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
                 }
                 Err(e) => {
@@ -446,20 +451,29 @@ impl Drop for Pool {
     }
 }
 
-fn start_worker(index: usize) -> Result<(WorkerHandle, JoinHandle<()>)> {
+fn start_worker(index: usize) -> Result<(Arc<WorkerHandle>, JoinHandle<()>)> {
     let os = |what| move |source| Error::Os { what, source };
     let wake = Arc::new(sys::eventfd().map_err(os("eventfd"))?);
     let (sender, receiver) = channel();
-    let pending = Arc::new(AtomicBool::new(false));
-    let stats = Arc::new(WorkerStats::default());
+    let handle = Arc::new(WorkerHandle {
+        commands: Mutex::new(sender),
+        wake,
+        pending: Arc::new(AtomicBool::new(false)),
+        stats: Arc::new(WorkerStats::default()),
+    });
     // SINGLE_ISSUER wants the ring made on the thread that uses it, so the thread reports how its set-up went.
     let (report, reported) = channel();
     let thread = {
-        let (wake, pending, stats) = (Arc::clone(&wake), Arc::clone(&pending), Arc::clone(&stats));
+        let myself = Arc::downgrade(&handle);
+        let (wake, pending, stats) = (
+            Arc::clone(&handle.wake),
+            Arc::clone(&handle.pending),
+            Arc::clone(&handle.stats),
+        );
         std::thread::Builder::new()
             .name(format!("vhu-worker-{index}"))
             .spawn(move || {
-                let worker = Worker::new(receiver, wake, pending, stats);
+                let worker = Worker::new(receiver, myself, wake, pending, stats);
                 match worker {
                     Ok(mut worker) => {
                         let _ = report.send(Ok(()));
@@ -473,15 +487,7 @@ fn start_worker(index: usize) -> Result<(WorkerHandle, JoinHandle<()>)> {
             .map_err(os("starting a worker thread"))?
     };
     match reported.recv() {
-        Ok(Ok(())) => Ok((
-            WorkerHandle {
-                commands: Mutex::new(sender),
-                wake,
-                pending,
-                stats,
-            },
-            thread,
-        )),
+        Ok(Ok(())) => Ok((handle, thread)),
         Ok(Err(e)) => Err(e),
         Err(_) => Err(Error::Closed),
     }
@@ -492,7 +498,7 @@ struct Queue {
     key: u64,
     owner: Arc<Owner>,
     runner: Runner,
-    kick: OwnedFd,
+    kick: Arc<OwnedFd>,
     enabled: bool,
     /// Not empty: the queue goes away when nothing is in flight any more, and tells all of these.
     stopping: Vec<Completion>,
@@ -527,6 +533,8 @@ struct Worker {
     epoll: Epoll,
     uring: Uring,
     commands: Receiver<Command>,
+    /// The handle that others have; weak, or the pool's end could not be told from here.
+    myself: Weak<WorkerHandle>,
     wake: Arc<OwnedFd>,
     pending: Arc<AtomicBool>,
     stats: Arc<WorkerStats>,
@@ -555,6 +563,7 @@ struct Worker {
 impl Worker {
     fn new(
         commands: Receiver<Command>,
+        myself: Weak<WorkerHandle>,
         wake: Arc<OwnedFd>,
         pending: Arc<AtomicBool>,
         stats: Arc<WorkerStats>,
@@ -568,6 +577,7 @@ impl Worker {
             epoll,
             uring,
             commands,
+            myself,
             wake,
             pending,
             stats,
@@ -1017,6 +1027,11 @@ impl Worker {
                     self.wake_queue(index);
                 }
             }
+            Command::Resume(key, slot) => {
+                if let Some(index) = self.index_of(key) {
+                    self.complete(Runner::user_data(index, slot), 0);
+                }
+            }
             Command::SetMemory(key, map, _done) => {
                 if let Some((index, queue)) = self.queue(key) {
                     if let Err(fault) = queue.runner.set_memory(map) {
@@ -1069,6 +1084,7 @@ impl Worker {
             start.owner.break_it(kick_fault(start.runner.index(), &e));
         }
         start.runner.set_tag(index);
+        start.runner.set_wakers(self.wakers(key));
         self.keys.insert(key, index);
         self.queues[index] = Some(Box::new(Queue {
             key,
@@ -1084,6 +1100,19 @@ impl Worker {
         // Look at once: a driver may have kicked before we had the eventfd, or an earlier back end has died with the
         // kick.
         self.wake_queue(index);
+    }
+
+    /// Requests of a queue that wait are woken by a command to this worker.
+    fn wakers(&self, key: u64) -> WakerFactory {
+        let myself = Weak::clone(&self.myself);
+        Arc::new(move |slot| {
+            let myself = Weak::clone(&myself);
+            Box::new(move || {
+                if let Some(worker) = myself.upgrade() {
+                    worker.send(Command::Resume(key, slot));
+                }
+            })
+        })
     }
 
     fn end(&mut self, index: usize) {

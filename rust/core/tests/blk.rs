@@ -16,7 +16,7 @@ use vhu_core::device::blk::{counter, feature, Blk, BlkOptions};
 use vhu_core::device::image::Image;
 use vhu_core::device::Device;
 use vhu_core::ring::split::AddressSpace;
-use vhu_core::runner::{QueueSetup, QueueStats, Runner};
+use vhu_core::runner::{Call, QueueSetup, QueueStats, Runner};
 use vhu_core::uring::Uring;
 
 const BASE: u64 = 0x10_0000;
@@ -87,7 +87,7 @@ impl Bench {
             space: AddressSpace::Guest,
             next_avail: 0,
             driver_features: features,
-            call: None,
+            call: Call::default(),
             stats: Arc::clone(&stats),
         };
         let device: Arc<dyn Device> = blk.clone();

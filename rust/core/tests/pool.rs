@@ -14,7 +14,7 @@ use common::{memfd, peer, Guest, Ring, NEXT, USER, WRITE};
 use vhu_core::device::blk::{Blk, BlkOptions};
 use vhu_core::device::image::Image;
 use vhu_core::event::Event;
-use vhu_core::member::{feature, Member};
+use vhu_core::member::{feature, Member, MemberOptions};
 use vhu_core::memory::Region;
 use vhu_core::ring::split::RingAddresses;
 use vhu_core::sys;
@@ -44,7 +44,15 @@ fn device(pool: &Arc<Pool>, id: u32, queues: u16) -> Arc<Member> {
         serial: String::new(),
     };
     let blk = Blk::new(Image::open("ram:1048576", false).unwrap(), options).unwrap();
-    Member::new(Arc::clone(pool), id, Arc::new(blk), true)
+    Member::new(
+        Arc::clone(pool),
+        id,
+        Arc::new(blk),
+        MemberOptions {
+            legacy: true,
+            ..MemberOptions::default()
+        },
+    )
 }
 
 impl Bed {

@@ -13,10 +13,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{memfd, peer, Guest, Ring, USER};
-use vhu_core::device::{Device, IoOp, QueueContext, Request, Step};
+use vhu_core::device::{ConfigField, Device, IoOp, QueueContext, Request, Step};
 use vhu_core::error::Fault;
 use vhu_core::event::Event;
-use vhu_core::member::Member;
+use vhu_core::member::{Member, MemberOptions};
 use vhu_core::ring::split::RingAddresses;
 use vhu_core::sys;
 use vhu_core::worker::Pool;
@@ -47,6 +47,15 @@ impl Device for Slow {
     }
     fn queue_size(&self) -> u16 {
         1024
+    }
+    fn config_fields(&self) -> &'static [ConfigField] {
+        &[]
+    }
+    fn config_size(&self) -> usize {
+        0
+    }
+    fn legacy_config_size(&self) -> usize {
+        0
     }
     fn read_config(&self, _offset: usize, data: &mut [u8]) {
         data.fill(0);
@@ -97,7 +106,15 @@ impl Bed {
     fn new(queues: u16, size: u16) -> Self {
         let pool = Arc::new(Pool::new(Some(1)).unwrap());
         let (pipe, release) = std::io::pipe().unwrap();
-        let member = Member::new(Arc::clone(&pool), 1, Arc::new(Slow { pipe, queues }), true);
+        let member = Member::new(
+            Arc::clone(&pool),
+            1,
+            Arc::new(Slow { pipe, queues }),
+            MemberOptions {
+                legacy: true,
+                ..MemberOptions::default()
+            },
+        );
         member.attach().unwrap();
         let guest = Guest::new(BASE, SIZE);
         let rings: Vec<Ring> = (0..u64::from(queues))

@@ -49,7 +49,15 @@ impl Member {
         let blk = Arc::new(blk);
         let device = Arc::clone(&blk);
         Ok(Self {
-            inner: member::Member::new(Arc::clone(&pool.inner), id, device, legacy),
+            inner: member::Member::new(
+                Arc::clone(&pool.inner),
+                id,
+                device,
+                member::MemberOptions {
+                    legacy,
+                    ..member::MemberOptions::default()
+                },
+            ),
             blk,
         })
     }

@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock};
 use arc_swap::ArcSwap;
 
 use super::image::{Image, Storage, SECTOR};
-use super::{Device, IoOp, QueueContext, Request, Scratch, Segment, Step};
+use super::{ConfigField, Device, IoOp, QueueContext, Request, Scratch, Segment, Step};
 use crate::error::{Error, Fault, Result};
 use crate::ring::MAX_QUEUE_SIZE;
 
@@ -66,6 +66,37 @@ const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 16;
 /// Size of struct virtio_blk_config with all fields of virtio 1.4.
 pub const CONFIG_SIZE: usize = 96;
 const WRITEBACK_OFFSET: usize = 32;
+/// Up to the write-zeroes fields: neither secure erase nor zones are offered.
+const OFFERED_CONFIG: usize = 60;
+
+const fn field(name: &'static str, offset: usize, size: usize) -> ConfigField {
+    ConfigField { name, offset, size }
+}
+
+/// struct virtio_blk_config (virtio 1.4, 5.2.4), as far as it is offered.
+const CONFIG_FIELDS: [ConfigField; 21] = [
+    field("capacity", 0, 8),
+    field("size_max", 8, 4),
+    field("seg_max", 12, 4),
+    field("geometry.cylinders", 16, 2),
+    field("geometry.heads", 18, 1),
+    field("geometry.sectors", 19, 1),
+    field("blk_size", 20, 4),
+    field("topology.physical_block_exp", 24, 1),
+    field("topology.alignment_offset", 25, 1),
+    field("topology.min_io_size", 26, 2),
+    field("topology.opt_io_size", 28, 4),
+    field("writeback", 32, 1),
+    field("unused0", 33, 1),
+    field("num_queues", 34, 2),
+    field("max_discard_sectors", 36, 4),
+    field("max_discard_seg", 40, 4),
+    field("discard_sector_alignment", 44, 4),
+    field("max_write_zeroes_sectors", 48, 4),
+    field("max_write_zeroes_seg", 52, 4),
+    field("write_zeroes_may_unmap", 56, 1),
+    field("unused1", 57, 3),
+];
 
 /// Indices into the per-queue counters.
 pub mod counter {
@@ -709,6 +740,18 @@ impl Device for Blk {
 
     fn queue_size(&self) -> u16 {
         self.options.queue_size
+    }
+
+    fn config_fields(&self) -> &'static [ConfigField] {
+        &CONFIG_FIELDS
+    }
+
+    fn config_size(&self) -> usize {
+        OFFERED_CONFIG
+    }
+
+    fn legacy_config_size(&self) -> usize {
+        OFFERED_CONFIG
     }
 
     fn read_config(&self, offset: usize, data: &mut [u8]) {

@@ -10,8 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use crate::error::Fault;
+use crate::event::Waker;
 use crate::memory::LastByte;
 use crate::ring::Chain;
+use crate::runner::WakerFactory;
 
 /// Request counters a device keeps per queue; what each means is the device's ([`Device::counter_names`]).
 pub const COUNTERS: usize = 12;
@@ -40,6 +42,18 @@ pub struct QueueContext<'a> {
     pub driver_features: u64,
     /// The queue's counters.
     pub counters: &'a Counters,
+    /// How a request that waits ([`Step::Wait`]) is woken, where that is possible.
+    pub waker: Option<(&'a WakerFactory, u16)>,
+}
+
+impl QueueContext<'_> {
+    /// A waker for the request at hand; to be called exactly once if the step is [`Step::Wait`].
+    pub fn waker(&self) -> Waker {
+        match self.waker {
+            Some((wakers, slot)) => wakers(slot),
+            None => Box::new(|| {}),
+        }
+    }
 }
 
 /// One request in flight: its buffers, and what the device remembers between steps.
@@ -169,6 +183,19 @@ pub enum Step {
     Done(u32),
     /// It waits for this operation; `Device::resume` goes on with the result.
     Io(IoOp),
+    /// It waits until its waker is called; `Device::resume` goes on then.
+    Wait,
+}
+
+/// A field of the device configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConfigField {
+    /// Name in the specification.
+    pub name: &'static str,
+    /// First byte.
+    pub offset: usize,
+    /// Bytes.
+    pub size: usize,
 }
 
 /// A device model.
@@ -189,6 +216,16 @@ pub trait Device: Send + Sync {
     fn queues(&self) -> u16;
     /// Largest queue size.
     fn queue_size(&self) -> u16;
+    /// Requests are carried out one at a time, in the order of the ring.
+    fn serial(&self) -> bool {
+        false
+    }
+    /// Fields of the device configuration, by offset and without holes.
+    fn config_fields(&self) -> &'static [ConfigField];
+    /// Bytes of the device configuration that the offered features give a meaning.
+    fn config_size(&self) -> usize;
+    /// Bytes of it that a legacy driver, who has features 0 to 31, can have a use for.
+    fn legacy_config_size(&self) -> usize;
     /// Copies from the device configuration; bytes beyond its end read 0.
     fn read_config(&self, offset: usize, data: &mut [u8]);
     /// Writes the device configuration; true when something changed.

@@ -23,6 +23,16 @@ pub mod feature {
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     /// virtio 1.0 and later; a driver that doesn't accept it is a legacy driver.
     pub const VERSION_1: u64 = 1 << 32;
+    /// The packed ring format.
+    pub const RING_PACKED: u64 = 1 << 34;
+    /// Buffers are used in the order in which they were made available.
+    pub const IN_ORDER: u64 = 1 << 35;
+    /// The device has the SR-IOV capability; the driver wants to enable virtual functions.
+    pub const SR_IOV: u64 = 1 << 37;
+    /// Queues can be reset one by one.
+    pub const RING_RESET: u64 = 1 << 40;
+    /// The device has administration virtqueues.
+    pub const ADMIN_VQ: u64 = 1 << 41;
 }
 
 /// Largest queue of any member. A front end may choose any size up to this over vhost-user, whatever the member's own

@@ -108,6 +108,21 @@ pub fn resolve(
     ])
 }
 
+/// The used index in a ring's memory: where a device that has used all it took went on.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn used_idx(
+    map: &Arc<MemoryMap>,
+    space: AddressSpace,
+    addresses: RingAddresses,
+    size: u16,
+    max_size: u16,
+) -> Result<u16, Fault> {
+    let [_, _, used] = resolve(map, space, addresses, size, max_size)?;
+    Ok(u16::from_le(used.u16(2).load(Ordering::Acquire)))
+}
+
 #[derive(Clone, Copy)]
 struct Descriptor {
     addr: u64,
@@ -213,6 +228,15 @@ impl SplitRing {
         self.used = ring.used;
         self.hint = 0;
         true
+    }
+
+    /// Goes on with other features: a legacy driver may write them after it has begun to use the ring.
+    pub fn set_features(&mut self, features: RingFeatures) {
+        if features.event_idx && !self.features.event_idx {
+            self.used.u16(0).store(0, Ordering::Relaxed);
+            self.signalled = None;
+        }
+        self.features = features;
     }
 
     /// Next available entry this side will take.

@@ -3,11 +3,19 @@
 //!
 //! Registers are behind one small mutex. Changes that concern a running queue are sent to its worker, and what has to
 //! be waited for is reported by a [`Completion`]; nothing here blocks. The register file knows no device type and no
-//! transport: a vhost-user session and, later, admin commands and I/O-BAR accesses are callers alike.
+//! transport: a vhost-user session, administration commands and accesses to the BARs of a PCI function are callers alike.
+//! This file holds the state, the life cycle and what vhost-user sets; [`lens`] the legacy and the modern view of the
+//! registers, [`parts`] the device parts of a migration.
+//!
+//! A completion that calls back into the member may end at once, on this thread. So completions made here are dropped only
+//! after the mutex has been let go of: see [`Member::with`].
+
+pub mod lens;
+pub mod parts;
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::device::Device;
 use crate::error::{Error, Fault, Result};
@@ -15,17 +23,61 @@ use crate::event::{Completion, Event};
 use crate::memory::{MemoryMap, Region};
 use crate::ring::split::{self, AddressSpace, RingAddresses};
 use crate::ring::MAX_QUEUE_SIZE;
-use crate::runner::{ring_features, QueueSetup, QueueStats, Runner};
+use crate::runner::{ring_features, Call, QueueSetup, QueueStats, Runner};
 use crate::sys;
-use crate::worker::{Owner, Pool, QueueHandle, Start};
+use crate::worker::{Owner, Pool, QueueHandle, SourceHandle, Start};
 
 pub use crate::ring::feature;
 
 /// Guest memory from which letting go of it takes a while.
 const LARGE_MEMORY: u64 = 1 << 30;
 
+/// No MSI-X vector.
+pub const NO_VECTOR: u16 = 0xffff;
+
+/// What is attached to a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Front {
+    /// A vhost-user front end.
+    VhostUser,
+    /// A client of its legacy PCI function.
+    Legacy,
+    /// A client of its transitional PCI function.
+    Transitional,
+    /// A client of the member itself as a PCI function.
+    Modern,
+    /// A client of the owner's PCI function.
+    Owner,
+}
+
+impl Front {
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::VhostUser => "vhost-user",
+            Self::Legacy => "legacy",
+            Self::Transitional => "transitional",
+            Self::Modern => "modern",
+            Self::Owner => "owner",
+        }
+    }
+}
+
+/// How far an operation on the registers has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Carried out.
+    Done,
+    /// Rings have to stop first; the waker is called when they have.
+    Later,
+}
+
 /// Device status bits.
 pub mod status {
+    /// The guest has noticed the device.
+    pub const ACKNOWLEDGE: u8 = 1;
+    /// Feature negotiation is complete.
+    pub const FEATURES_OK: u8 = 8;
     /// The driver is set up.
     pub const DRIVER_OK: u8 = 4;
     /// The device is broken and wants a reset.
@@ -53,6 +105,20 @@ struct Queue {
     enabled: bool,
     run: Run,
     stats: Arc<QueueStats>,
+    /// PCI: queue_enable, or a PFN other than 0.
+    active: bool,
+    /// PCI: MSI-X vector.
+    vector: u16,
+    /// PCI: what notifications go through while the ring runs.
+    bell: Option<Arc<OwnedFd>>,
+    /// PCI: a legacy driver has notified; it may do so long before DRIVER_OK, and the ring runs from then on.
+    notified: bool,
+    /// PCI: the position is not known but from the used index (after a migration).
+    from_used: bool,
+    /// PCI: queue_reset reads 1.
+    resetting: bool,
+    /// The position where the ring stops doesn't matter: it was reset.
+    discard: bool,
 }
 
 impl Queue {
@@ -84,8 +150,24 @@ impl Queue {
     fn collect(&mut self) {
         if matches!(self.run, Run::Stopping(_)) {
             self.run = Run::Stopped;
-            self.next_avail = self.stats.last_avail.load(Ordering::Relaxed);
+            self.bell = None;
+            if !std::mem::take(&mut self.discard) {
+                self.next_avail = self.stats.last_avail.load(Ordering::Relaxed);
+            }
         }
+    }
+
+    /// Registers as after power-up. A ring that runs must have been told to stop; it stays known until it has.
+    fn clear(&mut self, size: u16) {
+        let stats = Arc::clone(&self.stats);
+        let run = std::mem::replace(&mut self.run, Run::Stopped);
+        let discard = !matches!(run, Run::Stopped);
+        *self = Self {
+            stats,
+            run,
+            discard,
+            ..Self::new(size)
+        };
     }
 
     fn new(size: u16) -> Self {
@@ -98,12 +180,69 @@ impl Queue {
             enabled: false,
             run: Run::Stopped,
             stats: Arc::default(),
+            active: false,
+            vector: NO_VECTOR,
+            bell: None,
+            notified: false,
+            from_used: false,
+            resetting: false,
+            discard: false,
+        }
+    }
+}
+
+/// Where interrupts of a PCI function go.
+#[derive(Default)]
+struct Lines {
+    /// The client's connection: to be woken when there are `signals`.
+    client: Option<SourceHandle>,
+    msix_enabled: bool,
+    vectors: Vec<Option<Arc<OwnedFd>>>,
+    intx: Option<Arc<OwnedFd>>,
+    /// The ISR status register.
+    isr: Arc<AtomicU8>,
+    /// Interrupts that the client's connection is to send.
+    signals: Vec<Arc<OwnedFd>>,
+}
+
+impl Lines {
+    fn vector(&self, vector: u16) -> Option<Arc<OwnedFd>> {
+        self.vectors.get(usize::from(vector)).cloned().flatten()
+    }
+
+    /// How a queue with this vector interrupts.
+    fn call(&self, vector: u16) -> Call {
+        if self.msix_enabled {
+            Call {
+                fd: self.vector(vector),
+                isr: None,
+            }
+        } else {
+            Call {
+                fd: self.intx.clone(),
+                isr: Some(Arc::clone(&self.isr)),
+            }
         }
     }
 }
 
 struct Registers {
     attached: bool,
+    front: Option<Front>,
+    lines: Lines,
+    device_feature_select: u32,
+    driver_feature_select: u32,
+    queue_select: u16,
+    config_vector: u16,
+    config_generation: u8,
+    /// Bytes of a legacy register that was written in pieces.
+    latch: [u8; 24],
+    /// A reset is under way; until then the status reads as before.
+    resetting: Option<u8>,
+    /// Stopped by its owner (DEV_MODE_SET).
+    stopped: bool,
+    /// Features that its owner lets it offer.
+    assigned: Option<u64>,
     draining: bool,
     closed: bool,
     connections: u64,
@@ -121,7 +260,33 @@ pub struct Member {
     owner: Arc<Owner>,
     device: Arc<dyn Device>,
     legacy: bool,
+    packed: bool,
+    vectors: u16,
+    admin: Option<AdminQueues>,
+    on_reset: OnceLock<Box<dyn Fn() + Send + Sync>>,
     registers: Mutex<Registers>,
+}
+
+/// The administration virtqueues of an owner.
+#[derive(Clone)]
+pub struct AdminQueues {
+    /// Executes the commands.
+    pub device: Arc<dyn Device>,
+    /// How many there are.
+    pub count: u16,
+}
+
+/// How a member is to be.
+#[derive(Default)]
+pub struct MemberOptions {
+    /// Legacy drivers are welcome.
+    pub legacy: bool,
+    /// Packed rings are offered (to drivers of its PCI functions).
+    pub packed: bool,
+    /// Size of the MSI-X table; 0: there is none.
+    pub vectors: u16,
+    /// It is an owner, with these.
+    pub admin: Option<AdminQueues>,
 }
 
 /// State of a queue, for people.
@@ -178,20 +343,50 @@ pub struct Info {
     pub queues: Vec<QueueInfo>,
     /// Guest memory.
     pub memory: Vec<RegionInfo>,
+    /// What is attached.
+    pub front: Option<Front>,
+    /// Stopped by its owner.
+    pub stopped: bool,
+    /// ISR status.
+    pub isr: u8,
+    /// Whether its PCI function has MSI-X enabled.
+    pub msix_enabled: bool,
+    /// Features assigned by its owner.
+    pub assigned: Option<u64>,
+    /// Changes of the configuration so far, modulo 256.
+    pub config_generation: u8,
 }
 
 impl Member {
-    /// A member with a device. `legacy`: it can be driven by legacy drivers as well.
-    pub fn new(pool: Arc<Pool>, id: u32, device: Arc<dyn Device>, legacy: bool) -> Arc<Self> {
-        let queues = (0..device.queues()).map(|_| Queue::new(device.queue_size())).collect();
+    /// A member with a device.
+    pub fn new(pool: Arc<Pool>, id: u32, device: Arc<dyn Device>, options: MemberOptions) -> Arc<Self> {
+        let mut queues: Vec<Queue> = (0..device.queues()).map(|_| Queue::new(device.queue_size())).collect();
+        if let Some(admin) = &options.admin {
+            queues.extend((0..admin.count).map(|_| Queue::new(admin.device.queue_size())));
+        }
         let owner = Arc::new(Owner::new(id, Arc::clone(pool.events())));
         Arc::new(Self {
             pool,
             owner,
             device,
-            legacy,
+            legacy: options.legacy,
+            packed: options.packed,
+            vectors: options.vectors,
+            admin: options.admin,
+            on_reset: OnceLock::new(),
             registers: Mutex::new(Registers {
                 attached: false,
+                front: None,
+                lines: Lines::default(),
+                device_feature_select: 0,
+                driver_feature_select: 0,
+                queue_select: 0,
+                config_vector: NO_VECTOR,
+                config_generation: 0,
+                latch: [0; 24],
+                resetting: None,
+                stopped: false,
+                assigned: None,
                 draining: false,
                 closed: false,
                 connections: 0,
@@ -207,6 +402,22 @@ impl Member {
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Works on the registers. What is put into the second argument is dropped after the registers have been let go of: the
+    /// end of a completion may call back into the member.
+    fn with<R>(&self, work: impl FnOnce(&mut Registers, &mut Option<Completion>) -> R) -> R {
+        let mut done = None;
+        let mut registers = self.lock();
+        let result = work(&mut registers, &mut done);
+        drop(registers);
+        drop(done);
+        result
+    }
+
+    /// Has a function called at each reset.
+    pub fn set_on_reset(&self, on_reset: impl Fn() + Send + Sync + 'static) {
+        let _ = self.on_reset.set(Box::new(on_reset));
     }
 
     /// Number in the group.
@@ -236,9 +447,21 @@ impl Member {
 
     /// Feature bits offered, the transport's included.
     pub fn offered_features(&self) -> u64 {
+        let assigned = self.lock().assigned;
+        self.offered_over_vhost_user(assigned)
+    }
+
+    fn offered_over_vhost_user(&self, assigned: Option<u64>) -> u64 {
+        let offered = self.device.features() | self.transport_features();
+        // ANY_LAYOUT stays: a transitional device must offer it.
+        offered & assigned.map_or(u64::MAX, |mask| mask | feature::ANY_LAYOUT)
+    }
+
+    /// Features of the ring and the transport, over vhost-user.
+    fn transport_features(&self) -> u64 {
         let modern = feature::INDIRECT_DESC | feature::EVENT_IDX | feature::VERSION_1;
         let legacy = feature::NOTIFY_ON_EMPTY | feature::ANY_LAYOUT;
-        self.device.features() | modern | if self.legacy { legacy } else { 0 }
+        modern | if self.legacy { legacy } else { 0 }
     }
 
     /// Takes the member for one front end.
@@ -259,7 +482,10 @@ impl Member {
         if registers.attached {
             return Err(Error::Busy(self.id(), "another front end is attached"));
         }
+        // Its owner may have written registers with nobody attached.
+        self.forget(&mut registers);
         registers.attached = true;
+        registers.front = Some(Front::VhostUser);
         registers.connections += 1;
         self.owner.mend();
         Ok(())
@@ -294,13 +520,33 @@ impl Member {
             // When QEMU has died ours is the last mapping, and unmapping it frees the whole guest.
             sys::drop_later(memory);
         }
-        let size = self.device.queue_size();
+        registers.front = None;
+        registers.lines = Lines::default();
+        registers.stopped = false;
+        self.clear_function(registers);
         for queue in &mut registers.queues {
-            let stats = Arc::clone(&queue.stats);
-            *queue = Queue {
-                stats,
-                ..Queue::new(size)
+            queue.run = Run::Stopped;
+            queue.discard = false;
+        }
+    }
+
+    /// What a reset clears of the state that only PCI functions have, and all queues.
+    fn clear_function(&self, registers: &mut Registers) {
+        registers.device_feature_select = 0;
+        registers.driver_feature_select = 0;
+        registers.queue_select = 0;
+        registers.config_vector = NO_VECTOR;
+        registers.latch = [0; 24];
+        registers.resetting = None;
+        registers.lines.isr.store(0, Ordering::Relaxed);
+        registers.lines.signals.clear();
+        let devices = usize::from(self.device.queues());
+        for (index, queue) in registers.queues.iter_mut().enumerate() {
+            let size = match &self.admin {
+                Some(admin) if index >= devices => admin.device.queue_size(),
+                _ => self.device.queue_size(),
             };
+            queue.clear(size);
         }
     }
 
@@ -335,7 +581,9 @@ impl Member {
     /// `features.not-offered`, `features.legacy-refused`, `features.running`.
     pub fn set_features(&self, features: u64, transport: u64) -> std::result::Result<Option<u64>, Fault> {
         // Known rather than offered now: see Device::known_features.
-        let offered = self.offered_features() | self.device.known_features() | transport;
+        let assigned = self.lock().assigned;
+        let known = self.device.known_features() & assigned.unwrap_or(u64::MAX);
+        let offered = self.offered_over_vhost_user(assigned) | known | transport;
         if features & !offered != 0 {
             return Err(Fault::new(
                 "features.not-offered",
@@ -515,7 +763,7 @@ impl Member {
             };
         }
         if !map.is_empty() {
-            split::resolve(&map, AddressSpace::User, addresses, queue.size, MAX_QUEUE_SIZE)
+            resolve(&map, AddressSpace::User, addresses, queue.size, 0)
                 .map_err(|fault| fault.on_queue(index as u16))?;
         }
         queue.addresses = Some(addresses);
@@ -598,7 +846,7 @@ impl Member {
             Some(handle) => {
                 let done = self.pool.events().completion();
                 let token = done.token();
-                handle.set_call(call, done);
+                handle.set_call(Call::eventfd(call), done);
                 Some(token)
             }
             None => {
@@ -642,44 +890,87 @@ impl Member {
         self.try_start(&mut registers, index).map(|()| None)
     }
 
-    /// Starts a ring that has everything it needs: addresses and a kick fd. Whether it takes requests is `enabled`.
+    /// Starts a ring that has everything it needs. Over vhost-user that is addresses and a kick fd, and whether it takes
+    /// requests is `enabled`. For a PCI function the driver's registers say.
     fn try_start(&self, registers: &mut Registers, index: u64) -> std::result::Result<(), Fault> {
         let map = Arc::clone(&registers.map);
         let driver_features = registers.driver_features;
-        let queue = Self::queue(registers, index)?;
+        let vhost_user = registers.front == Some(Front::VhostUser);
+        if !vhost_user && !registers.may_start(index) {
+            return Ok(());
+        }
+        let lines = &registers.lines;
+        let count = registers.queues.len();
+        let queue = usize::try_from(index)
+            .ok()
+            .and_then(|index| registers.queues.get_mut(index))
+            .ok_or_else(|| Fault::new("vring.index", format!("queue {index} of {count}")))?;
         if !matches!(queue.run, Run::Stopped) || map.is_empty() {
             return Ok(());
         }
-        let (Some(addresses), Some(_)) = (queue.addresses, queue.kick.as_ref()) else {
+        let Some(addresses) = queue.addresses else {
             return Ok(());
         };
-        // Before the call fd is taken: a ring that isn't in memory yet keeps everything for the next try.
-        split::resolve(&map, AddressSpace::User, addresses, queue.size, MAX_QUEUE_SIZE)
-            .map_err(|fault| fault.on_queue(index as u16))?;
+        if vhost_user && queue.kick.is_none() {
+            return Ok(());
+        }
+        let space = if vhost_user {
+            AddressSpace::User
+        } else {
+            AddressSpace::Guest
+        };
+        let on_queue = |fault: Fault| fault.on_queue(index as u16);
+        // Before anything is taken: a ring that isn't in memory yet keeps everything for the next try.
+        resolve(&map, space, addresses, queue.size, driver_features).map_err(on_queue)?;
+        if queue.from_used {
+            queue.next_avail = split::used_idx(&map, space, addresses, queue.size, MAX_QUEUE_SIZE).map_err(on_queue)?;
+        }
+        let (kick, call) = if vhost_user {
+            let Some(kick) = queue.kick.take() else { return Ok(()) };
+            (Arc::new(kick), Call::eventfd(queue.call.take()))
+        } else {
+            let bell = sys::eventfd()
+                .map_err(|e| on_queue(Fault::new("vring.kick", format!("no eventfd for notifications: {e}"))))?;
+            let bell = Arc::new(bell);
+            queue.bell = Some(Arc::clone(&bell));
+            (bell, lines.call(queue.vector))
+        };
+        let device = match &self.admin {
+            Some(admin) if index >= u64::from(self.device.queues()) => &admin.device,
+            _ => &self.device,
+        };
         let runner = Runner::new(
-            Arc::clone(&self.device),
+            Arc::clone(device),
             map,
             QueueSetup {
                 index: index as u16,
                 size: queue.size,
                 addresses,
-                space: AddressSpace::User,
+                space,
                 next_avail: queue.next_avail,
                 driver_features,
-                call: queue.call.take(),
+                call,
                 stats: Arc::clone(&queue.stats),
             },
         )?;
-        let Some(kick) = queue.kick.take() else { return Ok(()) };
-        let enabled = queue.may_run(driver_features);
+        queue.from_used = false;
         let start = Start {
             owner: Arc::clone(&self.owner),
             runner,
             kick,
-            enabled,
+            enabled: !vhost_user || queue.may_run(driver_features),
         };
         queue.run = Run::Running(self.pool.start(start));
         Ok(())
+    }
+
+    /// Starts all rings of a PCI function that may run and don't yet. One that can't marks the member broken.
+    fn start_ready(&self, registers: &mut Registers) {
+        for index in 0..registers.queues.len() as u64 {
+            if let Err(fault) = self.try_start(registers, index) {
+                self.owner.break_it(fault);
+            }
+        }
     }
 
     /// Replaces all of guest memory.
@@ -715,6 +1006,29 @@ impl Member {
         self.replace_memory(&mut registers, map, false)
     }
 
+    /// As `remove_memory`, with something of the caller's own instead of an event: `done` ends when no worker looks there any
+    /// more.
+    ///
+    /// # Errors
+    /// `memory.unknown-region`.
+    pub fn remove_memory_then(
+        &self,
+        guest: u64,
+        size: u64,
+        user: u64,
+        done: Completion,
+    ) -> std::result::Result<(), Fault> {
+        self.with(|registers, last| {
+            let map = Arc::new(registers.map.without(guest, size, user)?);
+            registers.map = Arc::clone(&map);
+            for handle in registers.queues.iter().filter_map(Queue::running) {
+                handle.set_memory(Arc::clone(&map), done.clone());
+            }
+            *last = Some(done);
+            Ok(())
+        })
+    }
+
     fn replace_memory(
         &self,
         registers: &mut Registers,
@@ -729,6 +1043,7 @@ impl Member {
             match self.try_start(registers, index) {
                 // Regions come one by one: the one with the ring may be the next.
                 Err(fault) if !whole && fault.rule == "ring.address" => {}
+                Err(fault) if registers.front != Some(Front::VhostUser) => self.owner.break_it(fault),
                 started => started?,
             }
         }
@@ -747,9 +1062,12 @@ impl Member {
 
     /// Everything about the member, for people.
     pub fn info(&self) -> Info {
-        let device_features = self.offered_features();
         let broken = self.owner.fault();
         let registers = self.lock();
+        let device_features = match registers.front {
+            None | Some(Front::VhostUser) if self.id() != 0 => self.offered_over_vhost_user(registers.assigned),
+            _ => self.function_features(&registers),
+        };
         let running = registers.queues.iter().any(|queue| queue.running().is_some());
         let state = match () {
             () if registers.draining => "draining",
@@ -768,7 +1086,7 @@ impl Member {
             driver_features: registers.driver_features & !feature::PROTOCOL_FEATURES,
             features_written: registers.features_written,
             protocol_features: registers.protocol_features,
-            status: registers.status | broken_bit,
+            status: registers.resetting.unwrap_or(registers.status) | broken_bit,
             queues: registers
                 .queues
                 .iter()
@@ -785,6 +1103,12 @@ impl Member {
                     stats: Arc::clone(&queue.stats),
                 })
                 .collect(),
+            front: registers.front,
+            stopped: registers.stopped,
+            isr: registers.lines.isr.load(Ordering::Relaxed),
+            msix_enabled: registers.lines.msix_enabled,
+            assigned: registers.assigned,
+            config_generation: registers.config_generation,
             memory: registers
                 .map
                 .regions()
@@ -798,6 +1122,17 @@ impl Member {
                 .collect(),
         }
     }
+}
+
+/// Checks that a ring's areas are memory.
+fn resolve(
+    map: &Arc<MemoryMap>,
+    space: AddressSpace,
+    addresses: RingAddresses,
+    size: u16,
+    _features: u64,
+) -> std::result::Result<(), Fault> {
+    split::resolve(map, space, addresses, size, MAX_QUEUE_SIZE).map(|_| ())
 }
 
 fn running(index: u64) -> Fault {

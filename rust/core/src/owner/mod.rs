@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The owner of the group: its members, and the administration commands that concern them (design D6, D9, D10).
+//!
+//! From the bottom up: [`trace`] (what was accessed, for people), [`command`] (a command's execution), [`admin`] (the device
+//! behind an administration virtqueue), [`local`] (administration virtqueues inside the process, with the driver's side),
+//! [`forward`] (the legacy I/O BAR of a member as commands).
+//!
+//! An owner can have several drivers at once: a guest on its PCI function, our own in-process driver, and the forwarders of
+//! members' legacy functions. What a driver negotiates (lists of commands, capabilities, resource objects) belongs to a
+//! [`Context`] of its own, so that one driver's reset doesn't take another's commands away. Members are shared.
+
+pub mod admin;
+pub mod command;
+pub mod forward;
+pub mod local;
+pub mod trace;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use crate::error::{Error, Result};
+use crate::member::Member;
+use crate::worker::Pool;
+
+use admin::AdminDevice;
+use local::LocalQueue;
+use trace::Trace;
+
+/// VFs that the SR-IOV capability can count.
+pub const TOTAL_VFS: u16 = u16::MAX;
+/// Resource objects of each kind that a driver may have.
+pub const OBJECT_LIMIT: u8 = 64;
+
+/// Where the specification contradicts itself, or Linux differs (design D9; docs/ARCHITECTURE.md lists them).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compat {
+    /// LIST_QUERY and LIST_USE of the SR-IOV group work while VF Enable is 0: Linux sends them once, before there are VFs.
+    pub lists_without_vfs: bool,
+    /// The capability commands of the self group are in the SR-IOV group's list too: Linux looks for them there.
+    pub capabilities_in_sr_iov_list: bool,
+    /// All commands of the self group may be used without LIST_USE: Linux never sends it for that group.
+    pub self_group_preset: bool,
+    /// A queue address (PFN) of 0 resets the whole device instead of the selected queue, as QEMU has it.
+    pub pfn_zero_resets_device: bool,
+}
+
+impl Compat {
+    /// What works with Linux, or the letter of the specification.
+    pub fn new(strict: bool) -> Self {
+        Self {
+            lists_without_vfs: !strict,
+            capabilities_in_sr_iov_list: !strict,
+            self_group_preset: !strict,
+            pfn_zero_resets_device: false,
+        }
+    }
+}
+
+/// How a group is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupOptions {
+    /// The switches.
+    pub compat: Compat,
+    /// DEVICE_MGMT and DEVICE_MGMT_ATTRS are there (design D10).
+    pub feature_management: bool,
+    /// LEGACY_NOTIFY_INFO is there.
+    pub notify_region: bool,
+    /// In-process administration virtqueues.
+    pub admin_queues: u16,
+}
+
+/// A resource object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Object {
+    /// The member it belongs to.
+    pub member: u32,
+    /// 0: to get device parts; 1: to set them.
+    pub operation: u8,
+}
+
+/// What one driver of the owner has negotiated.
+pub struct Context {
+    state: Mutex<ContextState>,
+}
+
+pub(crate) struct ContextState {
+    /// Usable opcodes of the self and of the SR-IOV group, as bits.
+    pub used: [u64; 2],
+    /// Limits of the driver's device parts capability: objects to get, objects to set.
+    pub limits: (u8, u8),
+    /// Resource objects of type DEV_PARTS by id.
+    pub objects: BTreeMap<u32, Object>,
+}
+
+impl Context {
+    fn new(core: &Core) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::new(Self::fresh(core)),
+        })
+    }
+
+    fn fresh(core: &Core) -> ContextState {
+        let lists = command::LISTS;
+        let own = if core.options.compat.self_group_preset {
+            core.supported(command::SELF)
+        } else {
+            lists
+        };
+        ContextState {
+            used: [own, lists],
+            limits: (0, 0),
+            objects: BTreeMap::new(),
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, ContextState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a reset of the owner does to it.
+    pub fn reset(&self, core: &Core) {
+        *self.lock() = Self::fresh(core);
+    }
+}
+
+/// What all drivers of the owner share.
+pub struct Core {
+    /// The pool.
+    pub pool: Arc<Pool>,
+    /// How the group is.
+    pub options: GroupOptions,
+    members: RwLock<Members>,
+    /// What was accessed.
+    pub trace: Trace,
+    commands: [AtomicU64; command::COUNTED],
+    failed: AtomicU64,
+}
+
+/// The members, and which of them are virtual functions that exist.
+#[derive(Default)]
+struct Members {
+    by_id: BTreeMap<u32, Entry>,
+    vf_enable: bool,
+    num_vfs: u16,
+}
+
+/// A member with the commands it has had, by opcode.
+struct Entry {
+    member: Arc<Member>,
+    commands: Arc<[AtomicU64; command::COUNTED]>,
+}
+
+impl Core {
+    fn members(&self) -> std::sync::RwLockReadGuard<'_, Members> {
+        self.members.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change_members<R>(&self, change: impl FnOnce(&mut Members) -> R) -> R {
+        change(&mut self.members.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether VF Enable is set, and NumVFs.
+    pub fn vfs(&self) -> (bool, u16) {
+        let members = self.members();
+        (members.vf_enable, members.num_vfs)
+    }
+
+    /// Sets VF Enable and NumVFs, as a write to the SR-IOV capability does.
+    pub fn set_vfs(&self, enable: bool, num_vfs: u16) {
+        self.change_members(|members| {
+            members.vf_enable = enable;
+            members.num_vfs = num_vfs;
+        });
+    }
+
+    /// VF Enable and NumVFs as the members there are make them. Also after a function-level reset of the owner: software on
+    /// the host enables them again, since no guest can.
+    pub fn restore_vfs(&self) {
+        self.change_members(|members| {
+            // Ids have 16 bits.
+            members.num_vfs = members.by_id.keys().next_back().map_or(0, |id| *id as u16);
+            members.vf_enable = members.num_vfs > 0;
+        });
+    }
+
+    /// The member that a virtual function's number names, if there is one.
+    pub(crate) fn member(&self, id: u64, opcode: u16) -> Option<Arc<Member>> {
+        let members = self.members();
+        let id = u32::try_from(id)
+            .ok()
+            .filter(|id| (1..=u32::from(members.num_vfs)).contains(id))?;
+        let entry = members.by_id.get(&id)?;
+        if let Some(counter) = entry.commands.get(usize::from(opcode)) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        Some(Arc::clone(&entry.member))
+    }
+
+    /// Opcodes of a group type, as bits.
+    pub fn supported(&self, group: u16) -> u64 {
+        command::supported(&self.options, group)
+    }
+
+    /// Features that could be assigned to any of the members.
+    pub(crate) fn manageable(&self) -> u64 {
+        let members = self.members();
+        members
+            .by_id
+            .values()
+            .fold(0, |all, entry| all | entry.member.manageable_features())
+    }
+
+    pub(crate) fn count(&self, opcode: u16, failed: bool) {
+        if let Some(counter) = self.commands.get(usize::from(opcode)) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        if failed {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The device group.
+pub struct DeviceGroup {
+    core: Arc<Core>,
+    /// Of the in-process owner driver.
+    driver: Arc<Context>,
+    queues: Vec<Arc<LocalQueue>>,
+    /// Of the forwarders.
+    forwarders: Vec<Arc<LocalQueue>>,
+    /// Of the driver of the owner's PCI function.
+    function: Arc<Context>,
+}
+
+/// What there is to know about a group, for people.
+pub struct GroupInfo {
+    /// VF Enable.
+    pub vf_enable: bool,
+    /// NumVFs.
+    pub num_vfs: u16,
+    /// Options.
+    pub options: GroupOptions,
+    /// Usable opcodes, as bits: in-process driver's self and SR-IOV group, then those of the PCI function's driver.
+    pub used: [[u64; 2]; 2],
+    /// Supported opcodes of the self and the SR-IOV group.
+    pub supported: [u64; 2],
+    /// Capability limits of the two drivers.
+    pub limits: [(u8, u8); 2],
+    /// Resource objects of the two drivers: id and object.
+    pub objects: [Vec<(u32, Object)>; 2],
+    /// Commands by opcode.
+    pub commands: Vec<(u16, u64)>,
+    /// Commands that failed.
+    pub failed: u64,
+    /// Submitted and completed, of each in-process queue.
+    pub queues: Vec<(u64, u64)>,
+    /// The same of the forwarders' queues.
+    pub forwarders: Vec<(u64, u64)>,
+}
+
+impl DeviceGroup {
+    /// A group without members.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for options out of range, [`Error::Os`] when there is no memory for the queues.
+    pub fn new(pool: Arc<Pool>, options: GroupOptions) -> Result<Arc<Self>> {
+        if !(1..=64).contains(&options.admin_queues) {
+            return Err(Error::Invalid(format!(
+                "admin_queues = {}; 1 to 64 are possible",
+                options.admin_queues
+            )));
+        }
+        let core = Arc::new(Core {
+            pool,
+            options,
+            members: RwLock::default(),
+            trace: Trace::default(),
+            commands: std::array::from_fn(|_| AtomicU64::new(0)),
+            failed: AtomicU64::new(0),
+        });
+        let driver = Context::new(&core);
+        let forwarding = Context::new(&core);
+        let function = Context::new(&core);
+        let queues = |context: &Arc<Context>| {
+            (0..options.admin_queues)
+                .map(|_| LocalQueue::new(AdminDevice::new(Arc::clone(&core), Arc::clone(context))))
+                .collect::<Result<Vec<_>>>()
+        };
+        let group = Self {
+            queues: queues(&driver)?,
+            forwarders: queues(&forwarding)?,
+            core: Arc::clone(&core),
+            driver,
+            function,
+        };
+        group.use_legacy_commands()?;
+        Ok(Arc::new(group))
+    }
+
+    /// The forwarders' part of being an owner's driver: LIST_QUERY and LIST_USE, through their queue.
+    fn use_legacy_commands(&self) -> Result<()> {
+        // VF Enable is 0 yet; with strict switches the lists can be asked for only while it is set.
+        self.core.set_vfs(true, 0);
+        let mut list = [0; 8];
+        let queried = self.forwarders[0].call(command::LIST_QUERY, command::SR_IOV, 0, &[], &mut list);
+        let wanted = u64::from_le_bytes(list) & command::LEGACY;
+        let used = self.forwarders[0].call(command::LIST_USE, command::SR_IOV, 0, &wanted.to_le_bytes(), &mut []);
+        self.core.restore_vfs();
+        match (queried, used) {
+            (Ok(0), Ok(0)) => Ok(()),
+            _ => Err(Error::Invalid(
+                "the owner refuses the list of its own commands".to_owned(),
+            )),
+        }
+    }
+
+    /// What all drivers share.
+    pub fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
+    /// The device behind the administration virtqueues of the owner's PCI function.
+    pub fn function_device(&self) -> Arc<AdminDevice> {
+        AdminDevice::new(Arc::clone(&self.core), Arc::clone(&self.function))
+    }
+
+    /// The owner's PCI function was reset.
+    pub fn function_reset(&self) {
+        self.function.reset(&self.core);
+    }
+
+    /// What an owner's reset is to the in-process driver.
+    pub fn reset(&self) {
+        self.driver.reset(&self.core);
+    }
+
+    /// An in-process queue.
+    pub fn queue(&self, index: usize) -> Option<&Arc<LocalQueue>> {
+        self.queues.get(index)
+    }
+
+    /// The queue that a member's forwarder uses.
+    pub fn forwarding_queue(&self, member: u32) -> &Arc<LocalQueue> {
+        &self.forwarders[member as usize % self.forwarders.len()]
+    }
+
+    /// Adds a member; NumVFs follows.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the id is taken or not one of a virtual function.
+    pub fn add(&self, member: Arc<Member>) -> Result<()> {
+        let id = member.id();
+        if !(1..=u32::from(TOTAL_VFS)).contains(&id) {
+            return Err(Error::Invalid(format!("member id {id}; 1 to {TOTAL_VFS} are possible")));
+        }
+        let taken = self.core.change_members(|members| {
+            if members.by_id.contains_key(&id) {
+                return true;
+            }
+            let entry = Entry {
+                member,
+                commands: Arc::new(std::array::from_fn(|_| AtomicU64::new(0))),
+            };
+            members.by_id.insert(id, entry);
+            false
+        });
+        if taken {
+            return Err(Error::Invalid(format!("there is already a member {id}")));
+        }
+        self.core.restore_vfs();
+        Ok(())
+    }
+
+    /// Removes a member; NumVFs follows. False: there is none.
+    pub fn remove(&self, id: u32) -> bool {
+        let removed = self.core.change_members(|members| members.by_id.remove(&id));
+        self.core.restore_vfs();
+        removed.is_some()
+    }
+
+    /// A member.
+    pub fn member(&self, id: u32) -> Option<Arc<Member>> {
+        self.core
+            .members()
+            .by_id
+            .get(&id)
+            .map(|entry| Arc::clone(&entry.member))
+    }
+
+    /// Commands that a member has had, by opcode; those never seen are left out.
+    pub fn member_commands(&self, id: u32) -> Vec<(u16, u64)> {
+        let members = self.core.members();
+        members
+            .by_id
+            .get(&id)
+            .map_or_else(Vec::new, |entry| seen(&entry.commands[..]))
+    }
+
+    /// Everything about the group, for people.
+    pub fn info(&self) -> GroupInfo {
+        let (vf_enable, num_vfs) = self.core.vfs();
+        let contexts = [&self.driver, &self.function];
+        let queues = |queues: &[Arc<LocalQueue>]| queues.iter().map(|queue| queue.statistics()).collect();
+        GroupInfo {
+            vf_enable,
+            num_vfs,
+            options: self.core.options,
+            used: contexts.map(|context| context.lock().used),
+            supported: [command::SELF, command::SR_IOV].map(|group| self.core.supported(group)),
+            limits: contexts.map(|context| context.lock().limits),
+            objects: contexts.map(|context| {
+                context
+                    .lock()
+                    .objects
+                    .iter()
+                    .map(|(id, object)| (*id, *object))
+                    .collect()
+            }),
+            commands: seen(&self.core.commands[..]),
+            failed: self.core.failed.load(Ordering::Relaxed),
+            queues: queues(&self.queues),
+            forwarders: queues(&self.forwarders),
+        }
+    }
+}
+
+fn seen(counters: &[AtomicU64]) -> Vec<(u16, u64)> {
+    counters
+        .iter()
+        .enumerate()
+        .map(|(opcode, counter)| (opcode as u16, counter.load(Ordering::Relaxed)))
+        .filter(|(_, count)| *count > 0)
+        .collect()
+}
