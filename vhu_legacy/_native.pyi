@@ -9,6 +9,7 @@ from typing import Any, Final, final
 
 __all__ = [
     "BusyError",
+    "DeviceGroup",
     "ImageError",
     "Member",
     "NativeError",
@@ -47,7 +48,9 @@ class Pool:
         kinds: "done" {token}: a pending `Outcome` can be resumed, or a detach has drained;
         "status" {old, new}: the device status register changed;
         "broken" {rule, reason, queue|None}: the member was marked broken;
-        "config" {}: the driver changed the device configuration.
+        "config" {}: the driver changed the device configuration;
+        "function-connected" {function, peer_pid}, "function-disconnected" {function, reason}: a client of a PCI function
+        (member 0 is the owner).
         """
     def statistics(self) -> dict[str, Any]:
         """Workers, their queues, wake-ups, requests; shared mappings."""
@@ -70,10 +73,31 @@ class Member:
         legacy: bool = True,
         blk_size: int = 512,
         serial: str = "",
+        packed: bool = False,
+        vectors: int | None = None,
     ) -> Member:
         """A virtio-blk member. `image` is a path of a raw file, "ram:SIZE" or "null:SIZE" with SIZE in bytes.
 
+        packed: PCI functions offer packed rings; vectors: their MSI-X table size (default queues + 1, 0: no MSI-X).
         Raises ImageError, ValueError.
+        """
+    @staticmethod
+    def owner(
+        pool: Pool,
+        group: DeviceGroup,
+        image: str,
+        *,
+        read_only: bool = False,
+        queues: int = 1,
+        queue_size: int = 256,
+        blk_size: int = 512,
+        serial: str = "",
+        packed: bool = False,
+        vectors: int | None = None,
+    ) -> Member:
+        """The owner itself as a virtio-blk device: member 0, with the group's administration virtqueues behind its own.
+
+        Not to be added to the group. vectors: default queues + admin_queues + 1. Raises ImageError, ValueError.
         """
     @property
     def id(self) -> int: ...
@@ -81,14 +105,74 @@ class Member:
     def attached(self) -> bool:
         """Whether a front end is attached or its queues still drain."""
     def info(self) -> dict[str, Any]:
-        """Everything there is to know, as plain values; see docs/QMP.md, `query-member`."""
+        """Everything there is to know, as plain values; see docs/QMP.md, `query-member`.
+
+        What PCI functions add: "front" (None, "vhost-user", "legacy", "transitional", "modern", "owner"), "stopped",
+        "isr", "msix" {enabled, vectors}, "assigned_features", "config_generation". Administration commands are counted
+        by the group: `DeviceGroup.member_commands`.
+        """
     def modify(self, *, image: str | None = None, size: int | None = None, read_only: bool | None = None) -> bool:
         """Swap the image, resize it (bytes), or change read-only. True when the driver should be told.
 
         Raises ImageError; nothing has changed then.
         """
+    def config_changed(self) -> bool:
+        """Tell the driver of an attached PCI function that the configuration changed. False when there is none, or it
+        can't be told at the moment."""
     def close(self) -> None:
         """Let go of the image. Idempotent. Raises BusyError while attached."""
+
+@final
+class DeviceGroup:
+    """The owner: its members, the execution of administration commands, in-process administration virtqueues (design
+    D6)."""
+
+    def __new__(
+        cls,
+        pool: Pool,
+        *,
+        strict: bool = False,
+        feature_management: bool = False,
+        admin_queues: int = 1,
+        notify_region: bool = True,
+        compat: dict[str, bool] | None = None,
+    ) -> DeviceGroup:
+        """compat: switches by name; those not named follow `strict`. Raises ValueError."""
+    def add(self, member: Member) -> None:
+        """Add a member; NumVFs and VF Enable follow. Raises ValueError: the id is taken."""
+    def remove(self, member_id: int) -> None:
+        """Remove a member; NumVFs and VF Enable follow. Raises KeyError."""
+    def set_vfs(self, *, enable: bool | None = None, num_vfs: int | None = None) -> None:
+        """VF Enable and NumVFs, as a write to the SR-IOV capability sets them."""
+    def reset(self) -> None:
+        """What a reset of the owner is to the in-process driver: lists, capabilities and objects as after power-up."""
+    def info(self) -> dict[str, Any]:
+        """vf_enable, num_vfs, total_vfs, strict, feature_management, notify_region, admin_queues, compat {}, supported and
+        used_lists {self, sr_iov: [opcode]}, device_capabilities and capabilities {get_limit, set_limit}, objects [{type,
+        id, member, operation}], function {used_lists, capabilities, objects} of the PCI function's driver, commands {name:
+        count}, failed, queues and forwarders [{index, submitted, completed}]."""
+    def submit(self, queue: int, readable: bytes, writable: int) -> tuple[int, bytes | None]:
+        """Put one command into an in-process queue: its device-readable part, and how many bytes the device may write.
+
+        (token, bytes written) when it has completed; (token, None): wait for the event "done" with that token, then
+        `result`. Raises ValueError (no such queue, more than 1 MiB), BusyError (the queue is full).
+        """
+    def result(self, token: int) -> bytes:
+        """The bytes written by a command that was waited for. Once. Raises KeyError."""
+    def abandon(self, token: int) -> None:
+        """Nobody will ask for that result; the command is carried out nevertheless."""
+    def trace(
+        self, since: int = 0, limit: int = 1000, member: int | None = None
+    ) -> tuple[int, int, list[dict[str, Any]]]:
+        """Accesses from number `since` on: (number to go on with, how many were forgotten before, accesses).
+
+        Each: seq, at (seconds since 1970), member, origin ("bar0" or "admin"), write, register, offset, width (bytes),
+        value, opcode (None: notify region), opcode_name, status, qualifier, microseconds.
+        """
+    def member_commands(self, member_id: int) -> dict[str, int]:
+        """Administration commands that the member has had, by name of the opcode."""
+    def close(self) -> None:
+        """Let go of results that nobody has asked for. Idempotent."""
 
 def discard(fds: list[int]) -> None:
     """Close fds that came from a front end. Never waits for it, whatever they are."""

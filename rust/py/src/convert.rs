@@ -8,7 +8,7 @@ use vhu_core::member::{feature, Info, QueueInfo};
 
 use std::sync::atomic::Ordering::Relaxed;
 
-const RING_FEATURES: [(u32, &str); 7] = [
+const RING_FEATURES: [(u32, &str); 10] = [
     (24, "NOTIFY_ON_EMPTY"),
     (27, "ANY_LAYOUT"),
     (28, "INDIRECT_DESC"),
@@ -16,6 +16,9 @@ const RING_FEATURES: [(u32, &str); 7] = [
     (32, "VERSION_1"),
     (34, "RING_PACKED"),
     (35, "IN_ORDER"),
+    (37, "SR_IOV"),
+    (40, "RING_RESET"),
+    (41, "ADMIN_VQ"),
 ];
 const BLK_FEATURES: [(u32, &str); 9] = [
     (2, "SEG_MAX"),
@@ -173,6 +176,15 @@ pub fn info<'py>(py: Python<'py>, member: &vhu_core::member::Member) -> PyResult
         entry.set_item("mmap_offset", region.mmap_offset)?;
         memory.append(entry)?;
     }
+    dict.set_item("front", info.front.map(|front| front.name()))?;
+    dict.set_item("stopped", info.stopped)?;
+    dict.set_item("isr", info.isr)?;
+    let msix = PyDict::new(py);
+    msix.set_item("enabled", info.msix_enabled)?;
+    msix.set_item("vectors", member.vectors())?;
+    dict.set_item("msix", msix)?;
+    dict.set_item("assigned_features", info.assigned)?;
+    dict.set_item("config_generation", info.config_generation)?;
     dict.set_item("memory", memory)?;
     dict.set_item("requests", requests)?;
     Ok(dict)

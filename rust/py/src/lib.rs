@@ -9,6 +9,7 @@ mod convert;
 mod daemon;
 mod error;
 mod member;
+mod owner;
 mod pool;
 mod session;
 
@@ -21,6 +22,8 @@ mod _native {
     use crate::error::{BusyError, ImageError, NativeError, ProtocolError};
     #[pymodule_export]
     use crate::member::Member;
+    #[pymodule_export]
+    use crate::owner::DeviceGroup;
     #[pymodule_export]
     use crate::pool::Pool;
     #[pymodule_export]

@@ -3,14 +3,16 @@
 
 use std::sync::Arc;
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use vhu_core::device::blk::{Blk, BlkOptions};
 use vhu_core::device::image::{Image, SECTOR};
-use vhu_core::member;
+use vhu_core::member::{self, AdminQueues, MemberOptions};
 
 use crate::convert;
 use crate::error::to_py;
+use crate::owner::DeviceGroup;
 use crate::pool::Pool;
 
 /// One member of the group.
@@ -20,10 +22,26 @@ pub struct Member {
     blk: Arc<Blk>,
 }
 
+fn open(py: Python<'_>, image: &str, read_only: bool, options: BlkOptions) -> PyResult<Arc<Blk>> {
+    py.detach(|| Image::open(image, read_only).and_then(|image| Blk::new(image, options)))
+        .map(Arc::new)
+        .map_err(|e| to_py(py, &e))
+}
+
+fn check_vectors(vectors: u16) -> PyResult<u16> {
+    if vectors <= 2048 {
+        Ok(vectors)
+    } else {
+        Err(PyValueError::new_err(format!(
+            "vectors = {vectors}; 0 to 2048 are possible"
+        )))
+    }
+}
+
 #[pymethods]
 impl Member {
     #[staticmethod]
-    #[pyo3(signature = (pool, id, image, *, read_only=false, queues=1, queue_size=256, legacy=true, blk_size=512, serial=""))]
+    #[pyo3(signature = (pool, id, image, *, read_only=false, queues=1, queue_size=256, legacy=true, blk_size=512, serial="", packed=false, vectors=None))]
     #[allow(clippy::too_many_arguments)]
     fn blk(
         py: Python<'_>,
@@ -36,6 +54,8 @@ impl Member {
         legacy: bool,
         blk_size: u32,
         serial: &str,
+        packed: bool,
+        vectors: Option<u16>,
     ) -> PyResult<Self> {
         let options = BlkOptions {
             queues,
@@ -43,23 +63,63 @@ impl Member {
             blk_size,
             serial: serial.to_owned(),
         };
-        let blk = py
-            .detach(|| Image::open(image, read_only).and_then(|image| Blk::new(image, options)))
-            .map_err(|e| to_py(py, &e))?;
-        let blk = Arc::new(blk);
+        let blk = open(py, image, read_only, options)?;
         let device = Arc::clone(&blk);
+        let options = MemberOptions {
+            legacy,
+            packed,
+            vectors: check_vectors(vectors.unwrap_or(queues + 1))?,
+            admin: None,
+        };
         Ok(Self {
-            inner: member::Member::new(
-                Arc::clone(&pool.inner),
-                id,
-                device,
-                member::MemberOptions {
-                    legacy,
-                    ..member::MemberOptions::default()
-                },
-            ),
+            inner: member::Member::new(Arc::clone(&pool.inner), id, device, options),
             blk,
         })
+    }
+
+    /// The owner itself: member 0, with administration virtqueues behind its own.
+    #[staticmethod]
+    #[pyo3(signature = (pool, group, image, *, read_only=false, queues=1, queue_size=256, blk_size=512, serial="", packed=false, vectors=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn owner(
+        py: Python<'_>,
+        pool: &Pool,
+        group: &DeviceGroup,
+        image: &str,
+        read_only: bool,
+        queues: u16,
+        queue_size: u16,
+        blk_size: u32,
+        serial: &str,
+        packed: bool,
+        vectors: Option<u16>,
+    ) -> PyResult<Self> {
+        let options = BlkOptions {
+            queues,
+            queue_size,
+            blk_size,
+            serial: serial.to_owned(),
+        };
+        let blk = open(py, image, read_only, options)?;
+        let device = Arc::clone(&blk);
+        let count = group.inner.core().options.admin_queues;
+        let options = MemberOptions {
+            legacy: false,
+            packed,
+            vectors: check_vectors(vectors.unwrap_or(queues + count + 1))?,
+            admin: Some(AdminQueues {
+                device: group.inner.function_device(),
+                count,
+            }),
+        };
+        let inner = member::Member::new(Arc::clone(&pool.inner), 0, device, options);
+        let weak = Arc::downgrade(&group.inner);
+        inner.set_on_reset(move || {
+            if let Some(group) = weak.upgrade() {
+                group.function_reset();
+            }
+        });
+        Ok(Self { inner, blk })
     }
 
     #[getter]
@@ -104,6 +164,10 @@ impl Member {
     ) -> PyResult<bool> {
         py.detach(|| self.blk.modify(image, size, read_only))
             .map_err(|e| to_py(py, &e))
+    }
+
+    fn config_changed(&self) -> bool {
+        self.inner.config_changed()
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
