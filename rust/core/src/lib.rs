@@ -8,6 +8,7 @@
 pub mod device;
 pub mod error;
 pub mod event;
+pub mod function;
 pub mod member;
 pub mod memory;
 pub mod owner;

@@ -14,7 +14,8 @@ use crate::device::{Counters, Device, IoOp, QueueContext, Request, Step};
 use crate::error::Fault;
 use crate::event::Waker;
 use crate::memory::MemoryMap;
-use crate::ring::split::{AddressSpace, RingAddresses, SplitRing};
+use crate::ring::any::Ring;
+use crate::ring::split::{AddressSpace, RingAddresses};
 use crate::ring::{feature, RingFeatures, MAX_QUEUE_SIZE};
 use crate::uring::Uring;
 
@@ -43,6 +44,8 @@ const CANCEL: u64 = 0xfffe;
 /// What the rest of the process may know of a queue. Written by the queue's worker only.
 #[derive(Default)]
 pub struct QueueStats {
+    /// Where to go on after a stop ([`Ring::position`]).
+    pub position: AtomicU32,
     /// Next available entry to take.
     pub last_avail: AtomicU16,
     /// The driver's available index when last seen.
@@ -107,8 +110,8 @@ pub struct QueueSetup {
     pub addresses: RingAddresses,
     /// Address space of `addresses`.
     pub space: AddressSpace,
-    /// Where to go on.
-    pub next_avail: u16,
+    /// Where to go on ([`Ring::position`]).
+    pub position: u32,
     /// All features the driver accepted.
     pub driver_features: u64,
     /// Interrupts go here.
@@ -124,6 +127,7 @@ pub fn ring_features(features: u64) -> RingFeatures {
         event_idx: has(feature::EVENT_IDX),
         indirect: has(feature::INDIRECT_DESC),
         notify_on_empty: has(feature::NOTIFY_ON_EMPTY),
+        packed: has(feature::RING_PACKED),
     }
 }
 
@@ -147,7 +151,7 @@ struct Retired {
 /// A running queue.
 pub struct Runner {
     device: Arc<dyn Device>,
-    ring: SplitRing,
+    ring: Ring,
     map: Arc<MemoryMap>,
     /// Changes of the memory map so far.
     generation: u64,
@@ -195,16 +199,16 @@ impl Runner {
     /// Resolves the ring and makes the slots.
     ///
     /// # Errors
-    /// As [`SplitRing::new`], with the queue named.
+    /// As [`Ring::new`], with the queue named.
     pub fn new(device: Arc<dyn Device>, map: Arc<MemoryMap>, setup: QueueSetup) -> Result<Self, Fault> {
-        let ring = SplitRing::new(
+        let ring = Ring::new(
             &map,
             setup.space,
             setup.addresses,
             setup.size,
             MAX_QUEUE_SIZE,
             ring_features(setup.driver_features),
-            setup.next_avail,
+            setup.position,
         )
         .map_err(|fault| fault.on_queue(setup.index))?;
         let serial = device.serial();
@@ -297,6 +301,7 @@ impl Runner {
     }
 
     fn note_positions(&self) {
+        self.stats.position.store(self.ring.position(), Ordering::Relaxed);
         self.stats.last_avail.store(self.ring.next_avail(), Ordering::Relaxed);
         self.stats.used_idx.store(self.ring.used_idx(), Ordering::Relaxed);
         self.stats
@@ -393,7 +398,7 @@ impl Runner {
         let begin = Instant::now();
         while begin.elapsed() < LOOK {
             for _ in 0..16 {
-                if self.ring.peek_avail_idx() != self.ring.next_avail() {
+                if self.ring.has_work() {
                     self.patience = PATIENCE;
                     return true;
                 }

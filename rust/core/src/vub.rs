@@ -143,7 +143,7 @@ impl Adapter {
                     size,
                     addresses,
                     space: AddressSpace::Guest,
-                    next_avail,
+                    position: u32::from(next_avail),
                     driver_features: *features,
                     call: Call::default(),
                     stats: self.member.queue_stats(index),

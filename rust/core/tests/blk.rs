@@ -85,7 +85,7 @@ impl Bench {
             size: 64,
             addresses: ring.addresses,
             space: AddressSpace::Guest,
-            next_avail: 0,
+            position: 0,
             driver_features: features,
             call: Call::default(),
             stats: Arc::clone(&stats),

@@ -21,6 +21,7 @@ const ALL: RingFeatures = RingFeatures {
     event_idx: false,
     indirect: true,
     notify_on_empty: false,
+    packed: false,
 };
 
 fn open(guest: &Guest, ring: &Ring, features: RingFeatures, max: u16) -> SplitRing {

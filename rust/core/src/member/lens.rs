@@ -743,7 +743,7 @@ impl Member {
             return Progress::Done;
         };
         queue.discard = !matches!(queue.run, Run::Stopped);
-        queue.next_avail = 0;
+        queue.position = None;
         queue.from_used = false;
         queue.notified = false;
         queue.active = pfn != 0;

@@ -21,6 +21,7 @@ use crate::device::Device;
 use crate::error::{Error, Fault, Result};
 use crate::event::{Completion, Event};
 use crate::memory::{MemoryMap, Region};
+use crate::ring::any::{self, fresh_position};
 use crate::ring::split::{self, AddressSpace, RingAddresses};
 use crate::ring::MAX_QUEUE_SIZE;
 use crate::runner::{ring_features, Call, QueueSetup, QueueStats, Runner};
@@ -99,7 +100,8 @@ enum Run {
 struct Queue {
     size: u16,
     addresses: Option<RingAddresses>,
-    next_avail: u16,
+    /// Where to go on; None: at the beginning.
+    position: Option<u32>,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
     enabled: bool,
@@ -152,7 +154,7 @@ impl Queue {
             self.run = Run::Stopped;
             self.bell = None;
             if !std::mem::take(&mut self.discard) {
-                self.next_avail = self.stats.last_avail.load(Ordering::Relaxed);
+                self.position = Some(self.stats.position.load(Ordering::Relaxed));
             }
         }
     }
@@ -174,7 +176,7 @@ impl Queue {
         Self {
             size,
             addresses: None,
-            next_avail: 0,
+            position: None,
             kick: None,
             call: None,
             enabled: false,
@@ -784,7 +786,7 @@ impl Member {
         if queue.running().is_some() {
             return Err(running(index));
         }
-        queue.next_avail = base;
+        queue.position = Some(u32::from(base));
         Ok(())
     }
 
@@ -811,7 +813,8 @@ impl Member {
     /// # Errors
     /// `vring.index`.
     pub fn queue_base(&self, index: u64) -> std::result::Result<u16, Fault> {
-        Ok(Self::queue(&mut self.lock(), index)?.next_avail)
+        // A split ring's: vhost-user front ends aren't offered packed ones.
+        Ok(Self::queue(&mut self.lock(), index)?.position.unwrap_or(0) as u16)
     }
 
     /// The eventfd that notifies the device; starts the ring.
@@ -895,6 +898,7 @@ impl Member {
     fn try_start(&self, registers: &mut Registers, index: u64) -> std::result::Result<(), Fault> {
         let map = Arc::clone(&registers.map);
         let driver_features = registers.driver_features;
+        let packed = driver_features & feature::RING_PACKED != 0;
         let vhost_user = registers.front == Some(Front::VhostUser);
         if !vhost_user && !registers.may_start(index) {
             return Ok(());
@@ -923,7 +927,8 @@ impl Member {
         // Before anything is taken: a ring that isn't in memory yet keeps everything for the next try.
         resolve(&map, space, addresses, queue.size, driver_features).map_err(on_queue)?;
         if queue.from_used {
-            queue.next_avail = split::used_idx(&map, space, addresses, queue.size, MAX_QUEUE_SIZE).map_err(on_queue)?;
+            let used = split::used_idx(&map, space, addresses, queue.size, MAX_QUEUE_SIZE).map_err(on_queue)?;
+            queue.position = Some(u32::from(used));
         }
         let (kick, call) = if vhost_user {
             let Some(kick) = queue.kick.take() else { return Ok(()) };
@@ -947,7 +952,7 @@ impl Member {
                 size: queue.size,
                 addresses,
                 space,
-                next_avail: queue.next_avail,
+                position: queue.position.unwrap_or_else(|| fresh_position(packed)),
                 driver_features,
                 call,
                 stats: Arc::clone(&queue.stats),
@@ -1098,7 +1103,7 @@ impl Member {
                     addresses: queue.addresses,
                     next_avail: match queue.running() {
                         Some(_) => queue.stats.last_avail.load(Ordering::Relaxed),
-                        None => queue.next_avail,
+                        None => queue.position.unwrap_or(0) as u16,
                     },
                     stats: Arc::clone(&queue.stats),
                 })
@@ -1130,9 +1135,10 @@ fn resolve(
     space: AddressSpace,
     addresses: RingAddresses,
     size: u16,
-    _features: u64,
+    features: u64,
 ) -> std::result::Result<(), Fault> {
-    split::resolve(map, space, addresses, size, MAX_QUEUE_SIZE).map(|_| ())
+    let packed = features & feature::RING_PACKED != 0;
+    any::resolve(map, space, addresses, size, MAX_QUEUE_SIZE, packed).map(|_| ())
 }
 
 fn running(index: u64) -> Fault {

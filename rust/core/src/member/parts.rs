@@ -203,7 +203,7 @@ impl Member {
             queue.vector = vq.vector;
             queue.active = vq.enabled;
             queue.addresses = (vq.addresses != RingAddresses::default()).then_some(vq.addresses);
-            queue.next_avail = 0;
+            queue.position = None;
             queue.from_used = vq.enabled;
             // A legacy driver may be using it without DRIVER_OK, which no part says.
             queue.notified = vq.enabled;

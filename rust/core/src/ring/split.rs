@@ -17,7 +17,7 @@
 use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
 
-use super::{ring_fault, Chain, RingFeatures};
+use super::{append_buffer, find_area, ring_fault, Chain, RingFeatures};
 use crate::error::Fault;
 use crate::memory::{HostArea, MemoryMap};
 
@@ -74,33 +74,7 @@ pub fn resolve(
         ));
     }
     let (desc_len, avail_len, used_len) = area_sizes(size);
-    let area = |name: &str, address: u64, len: u64, align: usize| {
-        // Asked of the guest's address and of ours: front ends map with page granularity, so they agree.
-        let misaligned = || {
-            ring_fault(
-                "ring.alignment",
-                format!("{name} at {address:#x} is not {align}-byte aligned"),
-            )
-        };
-        if !address.is_multiple_of(align as u64) {
-            return Err(misaligned());
-        }
-        let found = match space {
-            AddressSpace::User => map.area_by_user(address, len),
-            AddressSpace::Guest => map.area_by_guest(address, len),
-        };
-        let area = found.ok_or_else(|| {
-            ring_fault(
-                "ring.address",
-                format!("{name} of {len} bytes at {address:#x} is outside memory"),
-            )
-        })?;
-        if area.is_aligned(align) {
-            Ok(area)
-        } else {
-            Err(misaligned())
-        }
-    };
+    let area = |name, address, len, align| find_area(map, space, name, address, len, align);
     Ok([
         area("descriptor table", addresses.desc, desc_len, 16)?,
         area("available ring", addresses.driver, avail_len, 2)?,
@@ -252,6 +226,13 @@ impl SplitRing {
     /// avail.idx as the driver has it now.
     pub fn peek_avail_idx(&self) -> u16 {
         u16::from_le(self.avail.u16(2).load(Ordering::Relaxed))
+    }
+
+    /// Whether the driver has made something available that was not taken yet. A look at one field, without the checks
+    /// of `available`.
+    #[inline]
+    pub fn has_work(&self) -> bool {
+        self.peek_avail_idx() != self.next_avail
     }
 
     /// Looks for new entries; the number that can be taken.
@@ -470,40 +451,7 @@ impl SplitRing {
 
     #[inline]
     fn append(map: &Arc<MemoryMap>, hint: &mut usize, chain: &mut Chain, desc: Descriptor) -> Result<(), Fault> {
-        if desc.len == 0 {
-            return Err(ring_fault(
-                "ring.zero-length",
-                format!("chain at {} has a descriptor of length 0", chain.head),
-            ));
-        }
-        let buffers = if desc.flags & DESC_F_WRITE != 0 {
-            &mut chain.writable
-        } else {
-            if !chain.writable.is_empty() {
-                return Err(ring_fault(
-                    "ring.buffer-order",
-                    format!(
-                        "chain at {} has a device-readable buffer after a device-writable one",
-                        chain.head
-                    ),
-                ));
-            }
-            &mut chain.readable
-        };
-        if !map.append(desc.addr, u64::from(desc.len), hint, buffers) {
-            return Err(ring_fault(
-                "ring.buffer-address",
-                format!("buffer of {} bytes at {:#x} is outside memory", desc.len, desc.addr),
-            ));
-        }
-        // Lengths are sums of at most MAX_QUEUE_SIZE 32-bit numbers, far from wrapping 64 bits.
-        if chain.readable.len() + chain.writable.len() > u64::from(u32::MAX) {
-            return Err(ring_fault(
-                "ring.total-length",
-                format!("chain at {} is 4 GiB or longer", chain.head),
-            ));
-        }
-        Ok(())
+        append_buffer(map, hint, chain, desc.addr, desc.len, desc.flags & DESC_F_WRITE != 0)
     }
 
     /// Writes a used element. The driver sees it with the next `publish`.
@@ -566,6 +514,6 @@ impl SplitRing {
             self.used.u16(0).store(0, Ordering::Relaxed);
         }
         fence(Ordering::SeqCst);
-        self.peek_avail_idx() != self.next_avail
+        self.has_work()
     }
 }
