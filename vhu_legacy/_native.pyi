@@ -10,6 +10,7 @@ from typing import Any, Final, final
 __all__ = [
     "BusyError",
     "DeviceGroup",
+    "Function",
     "ImageError",
     "Member",
     "NativeError",
@@ -17,6 +18,7 @@ __all__ = [
     "Pool",
     "ProtocolError",
     "Session",
+    "VfioUserServer",
     "VhostUserDaemon",
     "discard",
 ]
@@ -173,6 +175,43 @@ class DeviceGroup:
         """Administration commands that the member has had, by name of the opcode."""
     def close(self) -> None:
         """Let go of results that nobody has asked for. Idempotent."""
+
+@final
+class Function:
+    """A PCI function of a member, or of the owner; served by a `VfioUserServer` (design D7)."""
+
+    @staticmethod
+    def owner(group: DeviceGroup, member: Member) -> Function:
+        """The owner itself: `member` is what `Member.owner` made."""
+    @staticmethod
+    def legacy(group: DeviceGroup, member: Member) -> Function:
+        """An I/O BAR whose accesses become administration commands, for legacy drivers. Raises ValueError."""
+    @staticmethod
+    def transitional(group: DeviceGroup, member: Member) -> Function:
+        """The same I/O BAR, and the modern structures beside it. Raises ValueError."""
+    @staticmethod
+    def modern(group: DeviceGroup, member: Member) -> Function:
+        """The member itself, as a virtual function is. Raises ValueError."""
+    def info(self) -> dict[str, Any]:
+        """kind, member, vendor_id, device_id, revision, class_code, subsystem_vendor_id, subsystem_id, bars [{index, size,
+        kind}], capabilities [name], command, msix_enabled, irqs {intx, msix [vectors with an eventfd]}, dma [{iova,
+        size}]."""
+
+@final
+class VfioUserServer:
+    """Serves one function to one vfio-user client after the other."""
+
+    def __new__(cls, pool: Pool, function: Function, listener: int) -> VfioUserServer:
+        """Serve on a listening UNIX stream socket. The fd is the server's from here on, whatever happens.
+
+        Raises ValueError when it is something else, OSError.
+        """
+    def statistics(self) -> dict[str, Any]:
+        """connected, peer_pid, connections, refused, messages, reads, writes, errors."""
+    def disconnect(self, reason: str) -> None:
+        """Send the client away, if there is one; the next may come. Returns at once."""
+    def close(self) -> int | None:
+        """Stop listening and send the client away. A token to wait for. Idempotent."""
 
 def discard(fds: list[int]) -> None:
     """Close fds that came from a front end. Never waits for it, whatever they are."""

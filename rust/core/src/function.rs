@@ -955,7 +955,7 @@ impl PciFunction for Function {
     }
 
     fn dma_map(&self, region: Region) -> std::result::Result<(), Fault> {
-        self.member.add_memory(region).map(|_| ())
+        self.member.add_function_memory(region)
     }
 
     fn dma_unmap(&self, iova: u64, size: u64, wake: &dyn Fn() -> Waker) -> std::result::Result<Access, Fault> {

@@ -450,6 +450,8 @@ impl Member {
     ) -> Progress {
         let before = registers.status_value();
         self.stop_function(registers, last, wake, |_, _| true);
+        // What rings still finish isn't to be seen in the ISR status of the next driver.
+        registers.lines.isr = Arc::default();
         self.set_status_register(registers, 0);
         registers.driver_features = 0;
         registers.features_written = false;

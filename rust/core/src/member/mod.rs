@@ -1000,6 +1000,28 @@ impl Member {
         self.replace_memory(&mut registers, map, false)
     }
 
+    /// As `add_memory`, for those who need no event: workers learn of the region in their own time.
+    ///
+    /// # Errors
+    /// `memory.*`.
+    pub fn add_function_memory(&self, region: Region) -> std::result::Result<(), Fault> {
+        let mut registers = self.lock();
+        let map = Arc::new(registers.map.with(region)?);
+        registers.map = Arc::clone(&map);
+        for handle in registers.queues.iter().filter_map(Queue::running) {
+            handle.set_memory(Arc::clone(&map), Completion::call(|| {}));
+        }
+        for index in 0..registers.queues.len() as u64 {
+            match self.try_start(&mut registers, index) {
+                Ok(()) => {}
+                // The one with the ring may be the next.
+                Err(fault) if fault.rule == "ring.address" => {}
+                Err(fault) => self.owner.break_it(fault),
+            }
+        }
+        Ok(())
+    }
+
     /// Removes a region of guest memory. When the returned completion has ended, no worker looks there any more (I/O
     /// already in flight into it may still end; the mapping stays until then).
     ///
@@ -1048,7 +1070,6 @@ impl Member {
             match self.try_start(registers, index) {
                 // Regions come one by one: the one with the ring may be the next.
                 Err(fault) if !whole && fault.rule == "ring.address" => {}
-                Err(fault) if registers.front != Some(Front::VhostUser) => self.owner.break_it(fault),
                 started => started?,
             }
         }

@@ -2,11 +2,11 @@
 //! The device behind an administration virtqueue: a request is a command.
 
 use std::cell::RefCell;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use super::command::{Command, Execution, Failure, Reply, Touched, RESULT_HEADER};
+use super::command::{Command, Execution, Failure, Reply, Touched, COUNTED, RESULT_HEADER};
 use super::trace::{Begun, Entry, Origin};
 use super::{Context, Core};
 use crate::device::{ConfigField, Device, QueueContext, Request, Step};
@@ -28,6 +28,11 @@ const PATIENCE: Duration = Duration::from_millis(500);
 pub struct AdminDevice {
     core: Arc<Core>,
     context: Arc<Context>,
+    /// Tells queues apart in the trace.
+    number: usize,
+    /// By opcode; a queue's own, so that queues don't share a cache line here.
+    commands: [AtomicU64; COUNTED],
+    failed: AtomicU64,
 }
 
 const WAITING: u8 = 0;
@@ -88,9 +93,32 @@ struct Note {
 }
 
 impl AdminDevice {
-    /// A device for commands of the driver that `context` belongs to.
-    pub fn new(core: Arc<Core>, context: Arc<Context>) -> Arc<Self> {
-        Arc::new(Self { core, context })
+    /// A device for commands of the driver that `context` belongs to; `number` tells its queue apart from others.
+    pub fn new(core: Arc<Core>, context: Arc<Context>, number: usize) -> Arc<Self> {
+        Arc::new(Self {
+            core,
+            context,
+            number,
+            commands: std::array::from_fn(|_| AtomicU64::new(0)),
+            failed: AtomicU64::new(0),
+        })
+    }
+
+    /// What its driver has negotiated.
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// Commands with an opcode so far.
+    pub fn commands(&self, opcode: usize) -> u64 {
+        self.commands
+            .get(opcode)
+            .map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+
+    /// Commands that failed so far.
+    pub fn failed(&self) -> u64 {
+        self.failed.load(Ordering::Relaxed)
     }
 
     /// What all drivers share.
@@ -174,10 +202,15 @@ impl AdminDevice {
     fn finish(&self, request: &Request, note: &Note, reply: &Reply) -> Step {
         let written = request.chain.writable.write(reply.bytes());
         let status = reply.status();
-        self.core.count(note.opcode, status != 0);
+        if let Some(count) = self.commands.get(usize::from(note.opcode)) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        if status != 0 {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+        }
         // Commands that concern a member; the lists and capabilities don't.
         if note.opcode > 1 && note.member != 0 {
-            self.core.trace.push(Entry {
+            let entry = Entry {
                 at: SystemTime::now(),
                 member: u32::try_from(note.member).unwrap_or(u32::MAX),
                 origin: note.origin,
@@ -189,7 +222,8 @@ impl AdminDevice {
                 status,
                 qualifier: reply.qualifier(),
                 nanoseconds: note.begun.nanoseconds(),
-            });
+            };
+            self.core.trace.push(self.number, entry);
         }
         // Replies are at most a few thousand bytes.
         Step::Done(written as u32)

@@ -359,7 +359,7 @@ impl Execution<'_> {
             _ => return Err(Failure::Group),
         }
         let supported = self.core.supported(command.group);
-        let used = self.context.lock().used[usize::from(command.group)];
+        let used = self.context.used(command.group);
         let capability = command.opcode < 64 && CAPABILITIES & (1 << command.opcode) != 0;
         // The capability commands may be in the SR-IOV group's list, for Linux to find, but aren't commands of that group.
         if command.opcode >= 64
@@ -426,7 +426,7 @@ impl Execution<'_> {
         if beyond || wanted & !self.core.supported(command.group) != 0 {
             return Err(Failure::Field);
         }
-        self.context.lock().used[usize::from(command.group)] = wanted;
+        self.context.set_used(command.group, wanted);
         Ok(())
     }
 

@@ -121,7 +121,7 @@ impl Forwarder {
     fn notify(&self, queue: u16) -> Access {
         let begun = Begun::now();
         self.member.notify(queue);
-        self.group.core().trace.push(Entry {
+        let entry = Entry {
             at: SystemTime::now(),
             member: self.member.id(),
             origin: Origin::Bar0(QUEUE_NOTIFY as u16),
@@ -133,7 +133,8 @@ impl Forwarder {
             status: 0,
             qualifier: 0,
             nanoseconds: begun.nanoseconds(),
-        });
+        };
+        self.group.core().trace.push(self.member.id() as usize, entry);
         Access::Done
     }
 

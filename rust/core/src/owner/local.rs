@@ -166,6 +166,11 @@ impl LocalQueue {
         }))
     }
 
+    /// The device's side.
+    pub fn device(&self) -> &Arc<AdminDevice> {
+        &self.device
+    }
+
     /// Commands submitted and completed so far.
     pub fn statistics(&self) -> (u64, u64) {
         (

@@ -15,9 +15,12 @@ pub mod forward;
 pub mod local;
 pub mod trace;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::{ArcSwap, Guard};
 
 use crate::error::{Error, Result};
 use crate::member::Member;
@@ -81,12 +84,13 @@ pub struct Object {
 
 /// What one driver of the owner has negotiated.
 pub struct Context {
+    /// Usable opcodes of the self and of the SR-IOV group, as bits. Asked for by every command, so without a lock.
+    used: [AtomicU64; 2],
     state: Mutex<ContextState>,
 }
 
+#[derive(Default)]
 pub(crate) struct ContextState {
-    /// Usable opcodes of the self and of the SR-IOV group, as bits.
-    pub used: [u64; 2],
     /// Limits of the driver's device parts capability: objects to get, objects to set.
     pub limits: (u8, u8),
     /// Resource objects of type DEV_PARTS by id.
@@ -95,22 +99,24 @@ pub(crate) struct ContextState {
 
 impl Context {
     fn new(core: &Core) -> Arc<Self> {
-        Arc::new(Self {
-            state: Mutex::new(Self::fresh(core)),
-        })
+        let context = Arc::new(Self {
+            used: Default::default(),
+            state: Mutex::default(),
+        });
+        context.reset(core);
+        context
     }
 
-    fn fresh(core: &Core) -> ContextState {
-        let lists = command::LISTS;
-        let own = if core.options.compat.self_group_preset {
-            core.supported(command::SELF)
-        } else {
-            lists
-        };
-        ContextState {
-            used: [own, lists],
-            limits: (0, 0),
-            objects: BTreeMap::new(),
+    /// Usable opcodes of a group type.
+    pub(crate) fn used(&self, group: u16) -> u64 {
+        self.used
+            .get(usize::from(group))
+            .map_or(0, |used| used.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn set_used(&self, group: u16, list: u64) {
+        if let Some(used) = self.used.get(usize::from(group)) {
+            used.store(list, Ordering::Relaxed);
         }
     }
 
@@ -120,7 +126,14 @@ impl Context {
 
     /// What a reset of the owner does to it.
     pub fn reset(&self, core: &Core) {
-        *self.lock() = Self::fresh(core);
+        let own = if core.options.compat.self_group_preset {
+            core.supported(command::SELF)
+        } else {
+            command::LISTS
+        };
+        self.set_used(command::SELF, own);
+        self.set_used(command::SR_IOV, command::LISTS);
+        *self.lock() = ContextState::default();
     }
 }
 
@@ -130,15 +143,15 @@ pub struct Core {
     pub pool: Arc<Pool>,
     /// How the group is.
     pub options: GroupOptions,
-    members: RwLock<Members>,
+    /// Replaced as a whole: commands look it up without a lock.
+    members: ArcSwap<Members>,
+    changing: Mutex<()>,
     /// What was accessed.
     pub trace: Trace,
-    commands: [AtomicU64; command::COUNTED],
-    failed: AtomicU64,
 }
 
 /// The members, and which of them are virtual functions that exist.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Members {
     by_id: BTreeMap<u32, Entry>,
     vf_enable: bool,
@@ -146,18 +159,23 @@ struct Members {
 }
 
 /// A member with the commands it has had, by opcode.
+#[derive(Clone)]
 struct Entry {
     member: Arc<Member>,
     commands: Arc<[AtomicU64; command::COUNTED]>,
 }
 
 impl Core {
-    fn members(&self) -> std::sync::RwLockReadGuard<'_, Members> {
-        self.members.read().unwrap_or_else(PoisonError::into_inner)
+    fn members(&self) -> Guard<Arc<Members>> {
+        self.members.load()
     }
 
     fn change_members<R>(&self, change: impl FnOnce(&mut Members) -> R) -> R {
-        change(&mut self.members.write().unwrap_or_else(PoisonError::into_inner))
+        let _one_at_a_time = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut members = Members::clone(&self.members());
+        let result = change(&mut members);
+        self.members.store(Arc::new(members));
+        result
     }
 
     /// Whether VF Enable is set, and NumVFs.
@@ -210,15 +228,6 @@ impl Core {
             .values()
             .fold(0, |all, entry| all | entry.member.manageable_features())
     }
-
-    pub(crate) fn count(&self, opcode: u16, failed: bool) {
-        if let Some(counter) = self.commands.get(usize::from(opcode)) {
-            counter.fetch_add(1, Ordering::Relaxed);
-        }
-        if failed {
-            self.failed.fetch_add(1, Ordering::Relaxed);
-        }
-    }
 }
 
 /// The device group.
@@ -230,7 +239,7 @@ pub struct DeviceGroup {
     /// Of the forwarders.
     forwarders: Vec<Arc<LocalQueue>>,
     /// Of the driver of the owner's PCI function.
-    function: Arc<Context>,
+    function: Arc<AdminDevice>,
 }
 
 /// What there is to know about a group, for people.
@@ -274,25 +283,28 @@ impl DeviceGroup {
         let core = Arc::new(Core {
             pool,
             options,
-            members: RwLock::default(),
+            members: ArcSwap::default(),
+            changing: Mutex::default(),
             trace: Trace::default(),
-            commands: std::array::from_fn(|_| AtomicU64::new(0)),
-            failed: AtomicU64::new(0),
         });
         let driver = Context::new(&core);
         let forwarding = Context::new(&core);
         let function = Context::new(&core);
+        let number = Cell::new(0);
         let queues = |context: &Arc<Context>| {
             (0..options.admin_queues)
-                .map(|_| LocalQueue::new(AdminDevice::new(Arc::clone(&core), Arc::clone(context))))
+                .map(|_| {
+                    number.set(number.get() + 1);
+                    LocalQueue::new(AdminDevice::new(Arc::clone(&core), Arc::clone(context), number.get()))
+                })
                 .collect::<Result<Vec<_>>>()
         };
         let group = Self {
             queues: queues(&driver)?,
             forwarders: queues(&forwarding)?,
+            function: AdminDevice::new(Arc::clone(&core), function, 0),
             core: Arc::clone(&core),
             driver,
-            function,
         };
         group.use_legacy_commands()?;
         Ok(Arc::new(group))
@@ -322,12 +334,12 @@ impl DeviceGroup {
 
     /// The device behind the administration virtqueues of the owner's PCI function.
     pub fn function_device(&self) -> Arc<AdminDevice> {
-        AdminDevice::new(Arc::clone(&self.core), Arc::clone(&self.function))
+        Arc::clone(&self.function)
     }
 
     /// The owner's PCI function was reset.
     pub fn function_reset(&self) {
-        self.function.reset(&self.core);
+        self.function.context().reset(&self.core);
     }
 
     /// What an owner's reset is to the in-process driver.
@@ -391,22 +403,26 @@ impl DeviceGroup {
     /// Commands that a member has had, by opcode; those never seen are left out.
     pub fn member_commands(&self, id: u32) -> Vec<(u16, u64)> {
         let members = self.core.members();
-        members
-            .by_id
-            .get(&id)
-            .map_or_else(Vec::new, |entry| seen(&entry.commands[..]))
+        members.by_id.get(&id).map_or_else(Vec::new, |entry| {
+            seen(command::COUNTED, |opcode| {
+                entry.commands[opcode].load(Ordering::Relaxed)
+            })
+        })
     }
 
     /// Everything about the group, for people.
     pub fn info(&self) -> GroupInfo {
         let (vf_enable, num_vfs) = self.core.vfs();
-        let contexts = [&self.driver, &self.function];
+        let contexts = [&self.driver, self.function.context()];
+        let local = self.queues.iter().chain(&self.forwarders).map(|queue| queue.device());
+        let devices: Vec<&Arc<AdminDevice>> = local.chain([&self.function]).collect();
+        let count = |opcode: usize| devices.iter().map(|device| device.commands(opcode)).sum();
         let queues = |queues: &[Arc<LocalQueue>]| queues.iter().map(|queue| queue.statistics()).collect();
         GroupInfo {
             vf_enable,
             num_vfs,
             options: self.core.options,
-            used: contexts.map(|context| context.lock().used),
+            used: contexts.map(|context| [command::SELF, command::SR_IOV].map(|group| context.used(group))),
             supported: [command::SELF, command::SR_IOV].map(|group| self.core.supported(group)),
             limits: contexts.map(|context| context.lock().limits),
             objects: contexts.map(|context| {
@@ -417,19 +433,17 @@ impl DeviceGroup {
                     .map(|(id, object)| (*id, *object))
                     .collect()
             }),
-            commands: seen(&self.core.commands[..]),
-            failed: self.core.failed.load(Ordering::Relaxed),
+            commands: seen(command::COUNTED, count),
+            failed: devices.iter().map(|device| device.failed()).sum(),
             queues: queues(&self.queues),
             forwarders: queues(&self.forwarders),
         }
     }
 }
 
-fn seen(counters: &[AtomicU64]) -> Vec<(u16, u64)> {
-    counters
-        .iter()
-        .enumerate()
-        .map(|(opcode, counter)| (opcode as u16, counter.load(Ordering::Relaxed)))
+fn seen(opcodes: usize, count: impl Fn(usize) -> u64) -> Vec<(u16, u64)> {
+    (0..opcodes)
+        .map(|opcode| (opcode as u16, count(opcode)))
         .filter(|(_, count)| *count > 0)
         .collect()
 }

@@ -3,6 +3,7 @@
 //! BAR.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
@@ -45,49 +46,67 @@ pub struct Entry {
     pub nanoseconds: u64,
 }
 
+/// Accesses of one administration virtqueue after the other, so that queues don't wait for each other here.
 #[derive(Default)]
-struct Entries {
-    /// Number of the first entry that is still there.
-    first: u64,
-    entries: VecDeque<Entry>,
+struct Shard {
+    /// With their numbers, ascending.
+    entries: VecDeque<(u64, Entry)>,
+    /// How many were forgotten, and the number behind the last of them.
+    forgotten: u64,
+    end: u64,
 }
 
-/// The last [`CAPACITY`] accesses.
+const SHARDS: usize = 8;
+
+/// The last accesses, [`CAPACITY`] in all when they are spread evenly over queues.
 #[derive(Default)]
 pub struct Trace {
-    entries: Mutex<Entries>,
+    shards: [Mutex<Shard>; SHARDS],
+    next: AtomicU64,
 }
 
 impl Trace {
-    /// Remembers an access.
-    pub fn push(&self, entry: Entry) {
-        let mut trace = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        if trace.entries.len() == CAPACITY {
-            trace.entries.pop_front();
-            trace.first += 1;
+    /// Remembers an access; `queue` tells those of different queues apart.
+    pub fn push(&self, queue: usize, entry: Entry) {
+        let mut shard = self.shards[queue % SHARDS]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if shard.entries.len() == CAPACITY / SHARDS {
+            if let Some((number, _)) = shard.entries.pop_front() {
+                shard.forgotten += 1;
+                shard.end = number + 1;
+            }
         }
-        trace.entries.push_back(entry);
+        // Numbered under the lock: whoever holds all locks sees all numbers given out.
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        shard.entries.push_back((number, entry));
     }
 
     /// Accesses from number `since` on, at most `limit` of them, of one member or of all: the number to go on with, how many
-    /// were forgotten before, and the accesses with their numbers.
+    /// of any member were forgotten from there on, and the accesses with their numbers.
     pub fn read(&self, since: u64, limit: usize, member: Option<u32>) -> (u64, u64, Vec<(u64, Entry)>) {
-        let trace = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        let end = trace.first + trace.entries.len() as u64;
-        let start = since.clamp(trace.first, end);
-        let lost = trace.first.saturating_sub(since);
-        let mut found = Vec::new();
-        let mut next = end;
-        for (number, entry) in (start..).zip(trace.entries.range((start - trace.first) as usize..)) {
-            if member.is_some_and(|member| member != entry.member) {
-                continue;
-            }
-            if found.len() == limit {
-                next = number;
-                break;
-            }
-            found.push((number, *entry));
+        let shards: Vec<_> = self
+            .shards
+            .iter()
+            .map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner))
+            .collect();
+        let lost = shards
+            .iter()
+            .map(|shard| shard.forgotten.min(shard.end.saturating_sub(since)))
+            .sum();
+        let mut found: Vec<(u64, Entry)> = Vec::new();
+        for shard in &shards {
+            let start = shard.entries.partition_point(|(number, _)| *number < since);
+            let wanted = |(_, entry): &&(u64, Entry)| member.is_none_or(|member| member == entry.member);
+            // No more of one queue are needed than of all.
+            found.extend(shard.entries.range(start..).filter(wanted).take(limit + 1));
         }
+        found.sort_unstable_by_key(|(number, _)| *number);
+        let next = match found.get(limit) {
+            Some((number, _)) => *number,
+            None => self.next.load(Ordering::Relaxed).max(since),
+        };
+        found.truncate(limit);
         (next, lost, found)
     }
 }
