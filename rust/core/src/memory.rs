@@ -12,9 +12,9 @@
 
 use std::any::Any;
 use std::collections::HashMap;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::error::Fault;
@@ -24,6 +24,37 @@ use crate::sys::{self, PeerFd};
 /// Regions a front end may have at once (GET_MAX_MEM_SLOTS). 509 is what the kernel's vhost and other back ends
 /// answer; QEMU takes the minimum over all devices.
 pub const MAX_REGIONS: usize = 509;
+
+/// Shadows of remote memory that one connection may have, in bytes. They are address space until they are used.
+pub const MAX_SHADOW: u64 = 1 << 40;
+
+/// Memory that is read and written by asking its owner (vfio-user memory that comes without an fd).
+///
+/// Calls block, but not for ever; they can be made from several threads at once.
+pub trait RemoteMemory: Send + Sync {
+    /// Reads from guest address `iova`.
+    ///
+    /// # Errors
+    /// `dma.*`: refused, not answered in time, or the owner is gone.
+    fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Fault>;
+
+    /// Writes to guest address `iova`; what was written is there when this returns.
+    ///
+    /// # Errors
+    /// As `read`.
+    fn write(&self, iova: u64, data: &[u8]) -> Result<(), Fault>;
+
+    /// As `read`, but gives up soon after `cancelled` was set.
+    ///
+    /// # Errors
+    /// As `read`, and `dma.cancelled`.
+    fn read_unless(&self, iova: u64, data: &mut [u8], cancelled: &AtomicBool) -> Result<(), Fault> {
+        if cancelled.load(Ordering::Relaxed) {
+            return Err(Fault::new("dma.cancelled", "nobody waits for it any more"));
+        }
+        self.read(iova, data)
+    }
+}
 
 /// What makes two mappings the same one.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -38,7 +69,7 @@ struct MapKey {
 pub struct Mapping {
     addr: NonNull<u8>,
     len: usize,
-    /// None only while dropping.
+    /// None for memory that has no file, and while dropping.
     guard: Option<Guard>,
 }
 
@@ -49,20 +80,37 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    fn new(fd: &OwnedFd, offset: u64, len: u64, page: u64) -> Result<Self, Fault> {
-        let refuse = |reason: String| Fault::new("memory.map", reason);
-        let size = usize::try_from(len).map_err(|_| refuse(format!("{len} bytes can't be mapped")))?;
+    /// Maps part of a file. Not `shared`: what is written here stays here, and reading the fd is enough.
+    fn new(fd: &OwnedFd, offset: u64, len: u64, page: u64, shared: bool) -> Result<Self, Fault> {
+        let kind = if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
         let file_offset =
             libc::off_t::try_from(offset).map_err(|_| refuse(format!("offset {offset} can't be mapped")))?;
-        // SAFETY: a new mapping at an address the kernel chooses; length and offset were checked against the file.
+        let mut mapping = Self::map(len, kind, fd.as_raw_fd(), file_offset)?;
+        let page = usize::try_from(page).unwrap_or(4096);
+        mapping.guard = Guard::register(mapping.addr.as_ptr() as usize, mapping.len, page);
+        if mapping.guard.is_none() {
+            return Err(refuse("too many mappings in this process".into()));
+        }
+        Ok(mapping)
+    }
+
+    /// Memory of our own, all zeroes.
+    fn anonymous(len: u64) -> Result<Self, Fault> {
+        Self::map(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+    }
+
+    fn map(len: u64, kind: libc::c_int, fd: RawFd, offset: libc::off_t) -> Result<Self, Fault> {
+        let size = usize::try_from(len).map_err(|_| refuse(format!("{len} bytes can't be mapped")))?;
+        // SAFETY: a new mapping at an address the kernel chooses; length and offset were checked against the file, if
+        // there is one.
         let addr = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 size,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                fd.as_raw_fd(),
-                file_offset,
+                kind | libc::MAP_NORESERVE,
+                fd,
+                offset,
             )
         };
         let Some(addr) = (addr != libc::MAP_FAILED)
@@ -74,18 +122,16 @@ impl Mapping {
                 std::io::Error::last_os_error()
             )));
         };
-        let page = usize::try_from(page).unwrap_or(4096);
-        let Some(guard) = Guard::register(addr.as_ptr() as usize, size, page) else {
-            // SAFETY: the mapping was made just now and nobody knows it.
-            unsafe { libc::munmap(addr.as_ptr().cast(), size) };
-            return Err(refuse("too many mappings in this process".into()));
-        };
         Ok(Self {
             addr,
             len: size,
-            guard: Some(guard),
+            guard: None,
         })
     }
+}
+
+fn refuse(reason: String) -> Fault {
+    Fault::new("memory.map", reason)
 }
 
 impl Mapping {
@@ -127,20 +173,70 @@ impl MappingCache {
     /// # Errors
     /// `memory.region-size`, `memory.region-wrap`, `memory.fd-kind`, `memory.fd-short`, `memory.map`.
     pub fn region(&self, fd: &PeerFd, guest: u64, size: u64, user: u64, mmap_offset: u64) -> Result<Region, Fault> {
-        if size == 0 {
-            return Err(Fault::new("memory.region-size", "a region of 0 bytes"));
-        }
-        let wraps = |start: u64| start.checked_add(size).is_none();
-        if wraps(guest) || wraps(user) || wraps(mmap_offset) {
-            return Err(Fault::new(
-                "memory.region-wrap",
-                format!(
-                    "region of {size:#x} bytes at guest {guest:#x}, user {user:#x}, offset {mmap_offset:#x} wraps \
-                     around 64 bits"
-                ),
-            ));
-        }
+        check_place(guest, size, user, mmap_offset)?;
         let fd = fd.memory_file().map_err(|why| Fault::new("memory.fd-kind", why))?;
+        let part = Part::of(fd, mmap_offset, size)?;
+        let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        // A mapping that has lost pages stays shared by those who have it, but a newcomer gets a fresh one: its file
+        // has the right size now.
+        let known = mappings
+            .get(&part.key)
+            .and_then(Weak::upgrade)
+            .filter(|mapping| !mapping.lost());
+        let mapping = match known {
+            Some(mapping) => mapping,
+            None => {
+                let mapping = Arc::new(part.map(fd, true)?);
+                mappings.retain(|_, weak| weak.strong_count() > 0);
+                mappings.insert(part.key, Arc::downgrade(&mapping));
+                mapping
+            }
+        };
+        Ok(part.region(mapping, [guest, size, user, mmap_offset], true))
+    }
+
+    /// Maps one region that its owner doesn't allow to be written, from an fd that need not be writable. What a device
+    /// writes there all the same reaches a copy of our own, as a write to ROM reaches nothing.
+    ///
+    /// # Errors
+    /// As `region`.
+    pub fn read_only_region(&self, fd: &PeerFd, guest: u64, size: u64, mmap_offset: u64) -> Result<Region, Fault> {
+        check_place(guest, size, guest, mmap_offset)?;
+        let fd = fd.readable_file().map_err(|why| Fault::new("memory.fd-kind", why))?;
+        let part = Part::of(fd, mmap_offset, size)?;
+        let mapping = Arc::new(part.map(fd, false)?);
+        Ok(part.region(mapping, [guest, size, guest, mmap_offset], false))
+    }
+}
+
+/// Whether a region's place makes sense.
+fn check_place(guest: u64, size: u64, user: u64, mmap_offset: u64) -> Result<(), Fault> {
+    if size == 0 {
+        return Err(Fault::new("memory.region-size", "a region of 0 bytes"));
+    }
+    let wraps = |start: u64| start.checked_add(size).is_none();
+    if wraps(guest) || wraps(user) || wraps(mmap_offset) {
+        return Err(Fault::new(
+            "memory.region-wrap",
+            format!(
+                "region of {size:#x} bytes at guest {guest:#x}, user {user:#x}, offset {mmap_offset:#x} wraps \
+                 around 64 bits"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// The pages of a file that a region needs.
+struct Part {
+    key: MapKey,
+    page: u64,
+    /// Bytes of the first page that aren't the region's.
+    skip: usize,
+}
+
+impl Part {
+    fn of(fd: &OwnedFd, mmap_offset: u64, size: u64) -> Result<Self, Fault> {
         let info = sys::file_info(fd.as_fd())
             .map_err(|e| Fault::new("memory.fd-kind", format!("the region's fd can't be examined: {e}")))?;
         if !info.regular {
@@ -149,7 +245,7 @@ impl MappingCache {
                 "the region's fd is not a file that can be shared",
             ));
         }
-        // No overflow: wraps(mmap_offset) was checked.
+        // No overflow: check_place was here before.
         let end = mmap_offset + size;
         if end > info.size {
             return Err(Fault::new(
@@ -159,43 +255,38 @@ impl MappingCache {
         }
         let page = sys::backing_page_size(fd.as_fd()).unwrap_or(4096);
         let offset = mmap_offset - mmap_offset % page;
-        // Page granular on both sides. `end` is at most the file size (an i64), so rounding up can't wrap.
-        let len = (end - offset).next_multiple_of(page);
-        let key = MapKey {
-            dev: info.dev,
-            ino: info.ino,
-            offset,
-            len,
-        };
+        Ok(Self {
+            key: MapKey {
+                dev: info.dev,
+                ino: info.ino,
+                offset,
+                // Page granular on both sides. `end` is at most the file size (an i64), so rounding up can't wrap.
+                len: (end - offset).next_multiple_of(page),
+            },
+            page,
+            skip: usize::try_from(mmap_offset - offset)
+                .map_err(|_| Fault::new("memory.map", "offset can't be mapped"))?,
+        })
+    }
 
-        let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
-        // A mapping that has lost pages stays shared by those who have it, but a newcomer gets a fresh one: its file
-        // has the right size now.
-        let known = mappings
-            .get(&key)
-            .and_then(Weak::upgrade)
-            .filter(|mapping| !mapping.lost());
-        let mapping = match known {
-            Some(mapping) => mapping,
-            None => {
-                let mapping = Arc::new(Mapping::new(fd, offset, len, page)?);
-                mappings.retain(|_, weak| weak.strong_count() > 0);
-                mappings.insert(key, Arc::downgrade(&mapping));
-                mapping
-            }
-        };
-        let skip =
-            usize::try_from(mmap_offset - offset).map_err(|_| Fault::new("memory.map", "offset can't be mapped"))?;
+    fn map(&self, fd: &OwnedFd, shared: bool) -> Result<Mapping, Fault> {
+        Mapping::new(fd, self.key.offset, self.key.len, self.page, shared)
+    }
+
+    fn region(&self, mapping: Arc<Mapping>, place: [u64; 4], writable: bool) -> Region {
+        let [guest, size, user, mmap_offset] = place;
         // SAFETY: skip + size <= len, so the result stays inside the mapping.
-        let host = unsafe { mapping.addr.add(skip) };
-        Ok(Region {
+        let host = unsafe { mapping.addr.add(self.skip) };
+        Region {
             guest,
             size,
             user,
             mmap_offset,
             host,
             backing: Backing::Mapped(mapping),
-        })
+            writable,
+            remote: None,
+        }
     }
 }
 
@@ -237,6 +328,8 @@ pub struct Region {
     pub mmap_offset: u64,
     host: NonNull<u8>,
     backing: Backing,
+    writable: bool,
+    remote: Option<Arc<dyn RemoteMemory>>,
 }
 
 // SAFETY: as for Mapping; foreign memory is kept alive by `backing` and shared with another process as well.
@@ -257,7 +350,44 @@ impl Region {
             mmap_offset: 0,
             host,
             backing: Backing::Foreign(keep),
+            writable: true,
+            remote: None,
         }
+    }
+
+    /// A region that its owner gave no file for: a shadow of our own of the same size, all zeroes, which is kept up to
+    /// date by whoever uses it. Guest and user address are the same.
+    ///
+    /// # Errors
+    /// `memory.region-size`, `memory.region-wrap`, `memory.map`.
+    pub fn shadow(guest: u64, size: u64, writable: bool, remote: Arc<dyn RemoteMemory>) -> Result<Self, Fault> {
+        check_place(guest, size, guest, 0)?;
+        if size > MAX_SHADOW {
+            return Err(refuse(format!(
+                "{size} bytes of memory without an fd, more than {MAX_SHADOW}"
+            )));
+        }
+        let mapping = Arc::new(Mapping::anonymous(size)?);
+        Ok(Self {
+            guest,
+            size,
+            user: guest,
+            mmap_offset: 0,
+            host: mapping.addr,
+            backing: Backing::Mapped(mapping),
+            writable,
+            remote: Some(remote),
+        })
+    }
+
+    /// Whether its owner allows it to be written.
+    pub fn writable(&self) -> bool {
+        self.writable
+    }
+
+    /// How to reach the memory, when what is mapped is only a shadow of it.
+    pub fn remote(&self) -> Option<&Arc<dyn RemoteMemory>> {
+        self.remote.as_ref()
     }
 
     /// A region of zeroed memory of the process's own. Pages that nobody touches cost nothing.

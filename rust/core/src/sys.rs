@@ -57,21 +57,35 @@ impl PeerFd {
     /// # Errors
     /// Why not. Nothing is asked of the file itself before its kind is known.
     pub fn memory_file(&self) -> Result<&OwnedFd, &'static str> {
+        self.mappable(true)
+    }
+
+    /// As `memory_file`, but it is enough that the fd is open for reading.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn readable_file(&self) -> Result<&OwnedFd, &'static str> {
+        self.mappable(false)
+    }
+
+    fn mappable(&self, write: bool) -> Result<&OwnedFd, &'static str> {
         let fd = self.0.as_ref().ok_or("no fd")?;
         if !is_shared_memory(fd) && !is_on_local_disk(fd) {
             return Err("the fd is neither shared memory nor a file on a local file system");
         }
         // SAFETY: no pointers are involved.
         let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
-        if seals > 0 && seals & (libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE) != 0 {
+        if write && seals > 0 && seals & (libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE) != 0 {
             return Err("the fd is sealed against writing");
         }
         // SAFETY: no pointers are involved.
         let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-        if flags & libc::O_ACCMODE != libc::O_RDWR {
-            return Err("the fd is not open for reading and writing");
+        match flags & (libc::O_ACCMODE | libc::O_PATH) {
+            libc::O_RDWR => Ok(fd),
+            libc::O_RDONLY if !write => Ok(fd),
+            _ if write => Err("the fd is not open for reading and writing"),
+            _ => Err("the fd is not open for reading"),
         }
-        Ok(fd)
     }
 }
 
@@ -348,6 +362,165 @@ pub fn wait_readable(fds: &[RawFd]) {
         .collect();
     // SAFETY: polled is a live array of that many entries.
     unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
+}
+
+/// Most fds that the kernel carries with one piece of data (SCM_MAX_FD).
+const MAX_CARRIED: usize = 253;
+/// Room for their control message, in words: its header is two of them.
+const CONTROL_WORDS: usize = 2 + (MAX_CARRIED * size_of::<RawFd>()).div_ceil(8);
+
+/// Reads what a stream socket has, up to the size of `buffer` and to the next piece that fds come with, without waiting.
+/// The fds are appended to `fds`. 0 bytes: the peer sends no more.
+///
+/// There is room for every fd that can come. What doesn't fit would be closed by the kernel at once, and that can be made
+/// to take its time ([`PeerFd`]).
+///
+/// # Errors
+/// `WouldBlock` when there is nothing, and whatever else the kernel says.
+pub fn receive(socket: RawFd, buffer: &mut [u8], fds: &mut Vec<PeerFd>) -> io::Result<usize> {
+    let mut control = [MaybeUninit::<u64>::uninit(); CONTROL_WORDS];
+    let mut iov = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: a msghdr of zeroes is valid: no name, no data, no control.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut iov;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control);
+    // SAFETY: the message describes a live buffer and live room for control messages.
+    let ret = unsafe { libc::recvmsg(socket, &raw mut message, libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC) };
+    let bytes = usize::try_from(ret).map_err(|_| io::Error::last_os_error())?;
+    if message.msg_controllen > 0 {
+        take_fds(&message, fds);
+    }
+    if message.msg_flags & libc::MSG_CTRUNC != 0 {
+        return Err(io::Error::other("control data was cut off"));
+    }
+    Ok(bytes)
+}
+
+/// Adopts the fds of a message that was received.
+fn take_fds(message: &libc::msghdr, fds: &mut Vec<PeerFd>) {
+    // SAFETY: the kernel has filled the control buffer up to msg_controllen.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
+    while !header.is_null() {
+        // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return headers that lie in the buffer as a whole.
+        let (level, kind, len) = unsafe { ((*header).cmsg_level, (*header).cmsg_type, (*header).cmsg_len) };
+        if level == libc::SOL_SOCKET && kind == libc::SCM_RIGHTS {
+            // SAFETY: only computes the size of a header.
+            let head = unsafe { libc::CMSG_LEN(0) } as usize;
+            let count = len.saturating_sub(head) / size_of::<RawFd>();
+            // SAFETY: the data follows its header.
+            let data = unsafe { libc::CMSG_DATA(header) };
+            for index in 0..count {
+                // SAFETY: `count` fds lie there; as bytes they need no alignment.
+                let bytes = unsafe { data.add(index * size_of::<RawFd>()).cast::<[u8; 4]>().read() };
+                // SAFETY: the kernel has made this fd for us just now.
+                let fd = unsafe { OwnedFd::from_raw_fd(RawFd::from_ne_bytes(bytes)) };
+                fds.push(PeerFd(Some(fd)));
+            }
+        }
+        // SAFETY: header is one of this message's.
+        header = unsafe { libc::CMSG_NXTHDR(message, header) };
+    }
+}
+
+/// Sends what a stream socket has room for, without waiting; a peer that is gone is an error, not a signal.
+///
+/// # Errors
+/// `WouldBlock` when there is no room at all, and whatever else the kernel says.
+pub fn send(socket: RawFd, bytes: &[u8]) -> io::Result<usize> {
+    // SAFETY: the slice is live.
+    let ret = unsafe {
+        libc::send(
+            socket,
+            bytes.as_ptr().cast(),
+            bytes.len(),
+            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+        )
+    };
+    usize::try_from(ret).map_err(|_| io::Error::last_os_error())
+}
+
+/// Takes the next connection of a listening socket.
+///
+/// # Errors
+/// What `accept4` says.
+pub fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
+    // SAFETY: the peer's address is not asked for.
+    let fd = check(unsafe {
+        libc::accept4(
+            listener.as_raw_fd(),
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
+        )
+    })?;
+    // SAFETY: a new fd that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether connections can be accepted from a stream socket of the UNIX family.
+pub fn is_unix_listener(fd: &OwnedFd) -> bool {
+    is_unix_stream(fd) && socket_option(fd, libc::SO_ACCEPTCONN) == Some(1)
+}
+
+/// Makes a file non-blocking, for everybody who has it open.
+pub fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    // SAFETY: no pointers are involved.
+    let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
+    // SAFETY: no pointers are involved.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) })?;
+    Ok(())
+}
+
+/// The process that connected a UNIX socket, when it can be seen from here.
+pub fn peer_pid(socket: &OwnedFd) -> Option<i32> {
+    let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: credentials and len are live locals and len says how large credentials is.
+    let ret = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut len,
+        )
+    };
+    (ret == 0 && credentials.pid > 0).then_some(credentials.pid)
+}
+
+/// Ends a connection for both sides; the fd stays open.
+pub fn shut_down(socket: &OwnedFd) {
+    // SAFETY: no pointers are involved.
+    unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
+}
+
+/// What can be said of a socket without waiting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Readiness {
+    /// There is something to read, the end included.
+    pub readable: bool,
+    /// The peer is gone.
+    pub hung_up: bool,
+}
+
+/// Looks at a socket.
+pub fn look(socket: RawFd) -> Readiness {
+    let mut polled = libc::pollfd {
+        fd: socket,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one live entry.
+    unsafe { libc::poll(&raw mut polled, 1, 0) };
+    Readiness {
+        readable: polled.revents & libc::POLLIN != 0,
+        hung_up: polled.revents & (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0,
+    }
 }
 
 fn interest(read: bool, write: bool) -> libc::c_int {

@@ -24,7 +24,9 @@ pub struct Function {
 }
 
 fn made(py: Python<'_>, result: vhu_core::error::Result<Arc<function::Function>>) -> PyResult<Function> {
-    result.map(|inner| Function { inner }).map_err(|error| to_py(py, &error))
+    result
+        .map(|inner| Function { inner })
+        .map_err(|error| to_py(py, &error))
 }
 
 fn forwarder(group: &DeviceGroup, member: &Member) -> Arc<Forwarder> {
@@ -52,8 +54,10 @@ impl Function {
     }
 
     #[staticmethod]
-    #[pyo3(signature = (_group, member))]
-    fn modern(py: Python<'_>, _group: &DeviceGroup, member: &Member) -> PyResult<Self> {
+    #[pyo3(signature = (group, member))]
+    fn modern(py: Python<'_>, group: &DeviceGroup, member: &Member) -> PyResult<Self> {
+        // Named for the sake of symmetry: a virtual function's own interface doesn't go through its owner.
+        let _ = group;
         made(py, function::Function::modern(Arc::clone(&member.inner)))
     }
 

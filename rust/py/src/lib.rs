@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 mod convert;
 mod daemon;
 mod error;
+mod function;
 mod member;
 mod owner;
 mod pool;
@@ -20,6 +21,8 @@ mod _native {
     use crate::daemon::VhostUserDaemon;
     #[pymodule_export]
     use crate::error::{BusyError, ImageError, NativeError, ProtocolError};
+    #[pymodule_export]
+    use crate::function::{Function, VfioUserServer};
     #[pymodule_export]
     use crate::member::Member;
     #[pymodule_export]
