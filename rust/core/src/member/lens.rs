@@ -134,7 +134,9 @@ impl Registers {
         let queue = usize::try_from(index).ok().and_then(|index| self.queues.get(index));
         queue.is_some_and(|queue| {
             let driver_ok = self.status & status::DRIVER_OK != 0;
-            queue.active && !queue.resetting && (driver_ok || (queue.notified && !self.modern()))
+            // A modern driver's rings are left alone before DRIVER_OK, whatever it does.
+            let early = queue.by_pfn && queue.notified && !self.modern();
+            queue.active && !queue.resetting && (driver_ok || early)
         })
     }
 
@@ -748,6 +750,7 @@ impl Member {
         queue.position = None;
         queue.from_used = false;
         queue.notified = false;
+        queue.by_pfn = pfn != 0;
         queue.active = pfn != 0;
         queue.addresses = (pfn != 0).then(|| legacy_layout(pfn, queue.size));
         if running {

@@ -113,6 +113,8 @@ struct Queue {
     vector: u16,
     /// PCI: what notifications go through while the ring runs.
     bell: Option<Arc<OwnedFd>>,
+    /// PCI: set up through the legacy view, by a PFN.
+    by_pfn: bool,
     /// PCI: a legacy driver has notified; it may do so long before DRIVER_OK, and the ring runs from then on.
     notified: bool,
     /// PCI: the position is not known but from the used index (after a migration).
@@ -185,6 +187,7 @@ impl Queue {
             active: false,
             vector: NO_VECTOR,
             bell: None,
+            by_pfn: false,
             notified: false,
             from_used: false,
             resetting: false,

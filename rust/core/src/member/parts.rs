@@ -195,6 +195,7 @@ impl Member {
                 _ => registers.queue_select = value as u16,
             }
         }
+        let features = registers.driver_features;
         for (index, vq) in changes.queues {
             let Some(queue) = registers.queues.get_mut(index) else {
                 continue;
@@ -207,6 +208,7 @@ impl Member {
             queue.from_used = vq.enabled;
             // A legacy driver may be using it without DRIVER_OK, which no part says.
             queue.notified = vq.enabled;
+            queue.by_pfn = vq.enabled && features & feature::VERSION_1 == 0;
         }
         if let Some(status) = changes.status {
             self.set_status_register(&mut registers, status & !super::status::NEEDS_RESET);
