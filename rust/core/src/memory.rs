@@ -435,6 +435,8 @@ impl Region {
 pub struct MemoryMap {
     /// Sorted by guest address, without overlap.
     regions: Vec<Region>,
+    /// Shadows of remote memory count as memory.
+    remote: bool,
 }
 
 impl MemoryMap {
@@ -453,6 +455,23 @@ impl MemoryMap {
     /// Whether there is no memory at all.
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
+    }
+
+    /// This map for somebody who keeps shadows of remote memory up to date. For everybody else there is no memory where
+    /// they are: what they would find there is old, and what they would leave there is lost.
+    #[must_use]
+    pub fn with_shadows(&self) -> Self {
+        Self {
+            regions: self.regions.clone(),
+            remote: true,
+        }
+    }
+
+    /// Whether a driver may have put its rings or buffers into remote memory. ROM doesn't count: no driver has either there.
+    pub fn needs_remote(&self) -> bool {
+        self.regions
+            .iter()
+            .any(|region| region.remote.is_some() && region.writable)
     }
 
     /// This map with one more region.
@@ -482,7 +501,10 @@ impl MemoryMap {
         let mut regions = self.regions.clone();
         let at = regions.partition_point(|other| other.guest < region.guest);
         regions.insert(at, region);
-        Ok(Self { regions })
+        Ok(Self {
+            regions,
+            remote: self.remote,
+        })
     }
 
     /// This map without the region that has exactly this place.
@@ -502,7 +524,10 @@ impl MemoryMap {
             })?;
         let mut regions = self.regions.clone();
         regions.remove(at);
-        Ok(Self { regions })
+        Ok(Self {
+            regions,
+            remote: self.remote,
+        })
     }
 
     /// Whether any of the memory was taken away by its owner since it was mapped.
@@ -510,12 +535,17 @@ impl MemoryMap {
         self.regions.iter().any(Region::lost)
     }
 
+    #[inline]
+    fn shows(&self, region: &Region) -> bool {
+        self.remote || region.remote.is_none()
+    }
+
     /// The region that holds a guest address. `hint` remembers the last one: descriptors of a batch mostly lie close
     /// together.
     #[inline]
     fn find(&self, guest: u64, hint: &mut usize) -> Option<&Region> {
         if let Some(region) = self.regions.get(*hint) {
-            if guest.wrapping_sub(region.guest) < region.size {
+            if guest.wrapping_sub(region.guest) < region.size && self.shows(region) {
                 return Some(region);
             }
         }
@@ -524,7 +554,7 @@ impl MemoryMap {
             .partition_point(|region| region.guest <= guest)
             .checked_sub(1)?;
         let region = &self.regions[at];
-        if guest - region.guest < region.size {
+        if guest - region.guest < region.size && self.shows(region) {
             *hint = at;
             Some(region)
         } else {
@@ -561,6 +591,7 @@ impl MemoryMap {
         self.regions
             .iter()
             .find(|region| user.checked_sub(region.user).is_some_and(|skip| skip < region.size))
+            .filter(|region| self.shows(region))
             .and_then(|region| self.area(region, user - region.user, len))
     }
 
