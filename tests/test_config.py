@@ -6,11 +6,20 @@ from __future__ import annotations
 import os
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vhu_legacy import ConfigError, MemberConfig, check, load
-from vhu_legacy.config import MAX_FILE, image_identity, parse_member, parse_size, resolve_image
+from vhu_legacy import ConfigError, MemberConfig, OwnerConfig, check, load
+from vhu_legacy.config import (
+    MAX_FILE,
+    CompatConfig,
+    GroupConfig,
+    image_identity,
+    parse_member,
+    parse_size,
+    resolve_image,
+)
 
 MIB = 1 << 20
 
@@ -37,12 +46,25 @@ GOOD = """
     name = "demo"
     strict = true
     feature_management = true
+    notify_region = false
     workers = 2
+
+    [group.compat]
+    lists_without_vfs = true
+    pfn_zero_resets_device = true
 
     [owner]
     type = "blk"
     image = "pf.raw"
     admin_queues = 2
+    queues = 3
+    queue_size = 128
+    packed = true
+    vectors = 4
+    read_only = true
+    blk_size = 512
+    serial = "pf"
+    vfio_user = true
 
     [[members]]
     count = 2
@@ -50,6 +72,9 @@ GOOD = """
     image = "disk{n}.raw"
     serial = "disk-{n}"
     queues = 4
+    vfio_user = true
+    packed = true
+    vectors = 2048
 
     [[members]]
     type = "blk"
@@ -70,12 +95,13 @@ def test_everything_that_can_be_said(group_dir: Path) -> None:
     config = load(write(group_dir, GOOD))
     assert (config.name, config.strict, config.feature_management, config.workers) == ("demo", True, True, 2)
     assert config.run_dir is None
-    assert config.owner is not None
-    assert (config.owner.image, config.owner.admin_queues) == (str(group_dir / "pf.raw"), 2)
-    assert not config.owner.vfio_user
+    assert not config.notify_region
+    assert config.switches == CompatConfig(True, False, False, True)
+    assert config.owner == OwnerConfig("blk", str(group_dir / "pf.raw"), 2, True, True, 3, 128, True, 4, 512, "pf")
+    function: dict[str, Any] = {"queues": 4, "packed": True, "vectors": 2048, "vfio_user": True}
     assert config.members == (
-        MemberConfig(1, "blk", str(group_dir / "disk1.raw"), queues=4, serial="disk-1"),
-        MemberConfig(2, "blk", str(group_dir / "disk2.raw"), queues=4, serial="disk-2"),
+        MemberConfig(1, "blk", str(group_dir / "disk1.raw"), serial="disk-1", **function),
+        MemberConfig(2, "blk", str(group_dir / "disk2.raw"), serial="disk-2", **function),
         MemberConfig(3, "blk", f"ram:{64 * MIB}", queue_size=1024, legacy=False, blk_size=4096),
         MemberConfig(10, "blk", f"null:{1 << 30}", read_only=True),
     )
@@ -96,6 +122,8 @@ def test_the_shortest_file_is_an_empty_group_with_a_warning(group_dir: Path) -> 
 MEMBER = '[group]\nname = "x"\n[[members]]\n'
 RAM = MEMBER + 'type = "blk"\nimage = "ram:1MiB"\n'
 FIRST = "[[members]] #1"
+OWNER = '[group]\nname = "x"\n[owner]\ntype = "blk"\nimage = "ram:1MiB"\n'
+COMPAT = "[group.compat]"
 
 # text of the file; table, key, part of what was found, part of what is allowed
 MISTAKES: list[tuple[str, str | None, str | None, str, str | None]] = [
@@ -139,6 +167,26 @@ MISTAKES: list[tuple[str, str | None, str | None, str, str | None]] = [
     (MEMBER + 'type = "blk"\nimage = "a\\u0000b"', FIRST, "image", "NUL", None),
     (MEMBER + 'type = "blk"\nimage = 3', FIRST, "image", "found 3, not a string", "ram:SIZE"),
     (MEMBER + 'type = "blk"\nimage = "ram:4608"\nblk_size = 4096', FIRST, "image", "4608", "4096"),
+    ('[group]\nname = "x"\nnotify_region = 1', "[group]", "notify_region", "found 1", "true or false"),
+    ('[group]\nname = "x"\ncompat = true', "[group]", "compat", "found true", "lists_without_vfs"),
+    ('[group]\nname = "x"\n[group.compat]\nlists_without_vfs = 1', COMPAT, "lists_without_vfs", "found 1", "true"),
+    ('[group]\nname = "x"\n[group.compat]\npreset = true', COMPAT, "preset", "unknown key", "self_group_preset"),
+    (OWNER + 'admin_queues = 0', "[owner]", "admin_queues", "found 0", "1 to 64"),
+    (OWNER + 'admin_queues = 65', "[owner]", "admin_queues", "found 65", "1 to 64"),
+    (OWNER + 'queues = 65', "[owner]", "queues", "found 65", "1 to 64"),
+    (OWNER + 'queue_size = 100', "[owner]", "queue_size", "found 100", "128"),
+    (OWNER + 'vfio_user = "yes"', "[owner]", "vfio_user", 'found "yes"', "true or false"),
+    (OWNER + 'vfio_user = true\nvectors = 2049', "[owner]", "vectors", "found 2049", "0 to 2048"),
+    (OWNER + 'packed = 1', "[owner]", "packed", "found 1", "true or false"),
+    (OWNER + 'read_only = 1', "[owner]", "read_only", "found 1", "true or false"),
+    (OWNER + 'blk_size = 1000', "[owner]", "blk_size", "found 1000", "4096"),
+    (OWNER + 'serial = "' + "s" * 21 + '"', "[owner]", "serial", "sss", "20"),
+    (OWNER + 'legacy = true', "[owner]", "legacy", "unknown key", "image"),
+    (RAM + 'vectors = -1\nvfio_user = true', FIRST, "vectors", "found -1", "0 to 2048"),
+    (RAM + 'vectors = true\nvfio_user = true', FIRST, "vectors", "found true", "integer"),
+    (RAM + 'packed = "no"', FIRST, "packed", 'found "no"', "true or false"),
+    (RAM + 'vfio_user = 0', FIRST, "vfio_user", "found 0", "true or false"),
+    (RAM + 'vfio-user = true', FIRST, "vfio-user", "mean vfio_user", None),
     (RAM + 'queues = 0', FIRST, "queues", "found 0", "1 to 64"),
     (RAM + 'queues = 65', FIRST, "queues", "found 65", "1 to 64"),
     (RAM + 'queues = 1.0', FIRST, "queues", "found 1.0", "integer"),
@@ -255,6 +303,81 @@ def test_large_legacy_queues_are_warned_about(group_dir: Path) -> None:
     assert [(warning.table, warning.key) for warning in warnings] == [(FIRST, "queue_size")]
     assert "SeaBIOS" in warnings[0].found
     assert check(write(group_dir, member + "legacy = false")).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        (OWNER + "vfio_user = true", []),
+        (OWNER + "vfio_user = true\nvectors = 2", []),
+        (OWNER + "vfio_user = true\nvectors = 0", [("[owner]", "vectors", "INTx")]),
+        (OWNER + "vfio_user = true\nvectors = 1", [("[owner]", "vectors", "INTx")]),
+        (OWNER + "vectors = 2", [("[owner]", "vectors", "only PCI functions")]),
+        (
+            OWNER + "vfio_user = true\nvectors = 0\nqueues = 2",
+            [("[owner]", "vectors", "INTx"), ("[owner]", "queues", "Linux 6.12 to 7.1")],
+        ),
+        (RAM + "vfio_user = true", []),
+        (RAM + "vfio_user = true\nvectors = 0\ncount = 3", [(FIRST, "vectors", "INTx")]),
+        (RAM + "vectors = 3", [(FIRST, "vectors", "only PCI functions")]),
+    ],
+)
+def test_what_is_warned_about(group_dir: Path, text: str, places: list[tuple[str, str, str]]) -> None:
+    result = check(write(group_dir, text))
+    assert result.problems == ()
+    warnings = [warning for warning in result.warnings if warning.table != "[[members]]"]
+    assert [(warning.table, warning.key) for warning in warnings] == [place[:2] for place in places]
+    for warning, place in zip(warnings, places, strict=True):
+        assert place[2] in warning.found
+
+
+def test_switches_follow_strict_unless_said_otherwise(group_dir: Path) -> None:
+    def switches(text: str) -> CompatConfig:
+        return load(write(group_dir, '[group]\nname = "x"\n' + text)).switches
+
+    assert switches("") == CompatConfig(True, True, True, False) == CompatConfig.default(strict=False)
+    assert switches("strict = true") == CompatConfig(False, False, False, False) == CompatConfig.default(strict=True)
+    assert switches("strict = true\n[group.compat]\nself_group_preset = true").as_dict() == {
+        "lists_without_vfs": False,
+        "capabilities_in_sr_iov_list": False,
+        "self_group_preset": True,
+        "pfn_zero_resets_device": False,
+    }
+    assert not switches("[group.compat]\nlists_without_vfs = false").lists_without_vfs
+    # a group that was never in a file
+    assert GroupConfig("x", Path("x"), strict=True).switches == CompatConfig.default(strict=True)
+
+
+def test_vectors_and_queues_by_default() -> None:
+    assert MemberConfig(1, queues=4).vector_count == 5
+    assert MemberConfig(1, queues=4, vectors=0).vector_count == 0
+    assert OwnerConfig("blk", "", admin_queues=2, queues=3).vector_count == 6
+    assert GroupConfig("x", Path("x")).admin_queues == 1
+    assert GroupConfig("x", Path("x"), owner=OwnerConfig("blk", "", 5)).admin_queues == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (OWNER, ""),
+        (OWNER + "vfio_user = true", "owner.vfio-user.sock"),
+        (RAM + "id = 65535\nvfio_user = true", "member-65535.transitional.vfio-user.sock"),
+    ],
+)
+def test_the_longest_socket_must_fit(group_dir: Path, text: str, name: str) -> None:
+    run_dir = "/" + "d" * (107 - len("/member-65535.vhost-user.sock/"))
+    result = check(write(group_dir, text.replace("[group]\n", f'[group]\nrun_dir = "{run_dir}"\n')))
+    too_long = len(run_dir) + 1 + len(name) > 107
+    assert [problem.key for problem in result.problems] == ["run_dir"] * too_long
+    if too_long:
+        assert name in result.problems[0].found
+
+
+def test_owner_and_members_share_no_image_for_writing(group_dir: Path) -> None:
+    text = '[group]\nname = "x"\n[owner]\ntype = "blk"\nimage = "pf.raw"\nOPTION\n'
+    text += '[[members]]\ntype = "blk"\nimage = "pf.raw"\nread_only = true\n'
+    assert "used by the owner and member 1" in check(write(group_dir, text.replace("OPTION", ""))).problems[0].found
+    assert check(write(group_dir, text.replace("OPTION", "read_only = true"))).problems == ()
 
 
 def test_an_image_that_may_not_be_written(group_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,14 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
 
 from vhu_legacy import (
     GroupConfig,
@@ -32,9 +33,11 @@ from vhu_legacy import (
 )
 from vhu_legacy.client import GroupClient, connect
 from vhu_legacy.errors import ClientError
+from vhu_legacy.functions import MEMBER_FUNCTIONS, FunctionKind
 from vhu_legacy.group import Group, GroupEvent, open_group
-from vhu_legacy.group_qmp import serve_qmp
+from vhu_legacy.group_qmp import EVENTS, make_registry, serve_qmp
 from vhu_legacy.rundir import RunDir, pid_of_lock, running_groups
+from vhu_legacy.vfio_client import VfioClient
 
 MIB = 1 << 20
 GET_FEATURES = struct.pack("<III", 1, 1, 0)
@@ -405,11 +408,275 @@ async def test_three_hundred_members(work: Path) -> None:
     assert not (work / "run").exists()
 
 
-async def test_the_owner_is_not_served_silently(work: Path) -> None:
-    owner = OwnerConfig("blk", f"ram:{MIB}", 1, vfio_user=True)
-    with pytest.raises(GroupError, match="vfio_user = true: this version doesn't serve"):
-        async with open_group(config(work, owner=owner)):
+async def test_an_owner_with_a_device_of_its_own(work: Path) -> None:
+    owner = OwnerConfig("blk", str(work / "disk1.raw"), 2, queues=3, queue_size=128, blk_size=4096, serial="pf")
+    async with open_group(config(work, ram(1), owner=owner)) as served:
+        answer = served.query_owner()
+        assert (answer["admin_queues"], len(answer["queues"])) == (2, 2)
+        assert (answer["num_vfs"], answer["vf_enable"]) == (1, True)
+        device = answer["device"]
+        assert (device["id"], device["legacy"], device["config"]["serial"]) == (0, False, "pf")
+        assert device["config"]["blk_size"] == 4096
+        assert device["image"]["spec"] == str(work / "disk1.raw")
+        assert answer["function"] is None
+        # it isn't one of the members, but its image is taken
+        assert served.member_ids == (1,)
+        with pytest.raises(MemberError, match=r"disk1\.raw is used by the owner; allowed: one writer"):
+            await served.member_add(disk(2, work / "disk1.raw", read_only=True))
+        with pytest.raises(GroupError, match="the owner isn't served over vfio-user"):
+            served.function_path(0, "owner")
+        with pytest.raises(MemberError, match="there is no legacy function"):
+            served.function_path(1, "legacy")
+    async with open_group(config(work)) as served:
+        assert served.query_owner()["device"] is None
+
+
+async def test_an_owner_that_cannot_be_leaves_no_trace(work: Path) -> None:
+    async def attempt() -> None:
+        with pytest.raises(GroupError, match=r"owner: .*none\.raw"):
+            async with open_group(config(work, ram(1), owner=OwnerConfig("blk", str(work / "none.raw")))):
+                pytest.fail("started")
+        assert not (work / "run").exists()
+
+    await attempt()
+    before = open_fds()
+    await attempt()
+    assert open_fds() == before
+
+
+# --- PCI functions ----------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def vfio_client(path: Path) -> AsyncIterator[VfioClient]:
+    """A client of a PCI function, which has negotiated. It blocks, so its calls go to a thread."""
+
+    client = await trio.to_thread.run_sync(VfioClient, path)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+async def closed_at_once(path: Path) -> None:
+    """A front end that comes while there is another one is turned away."""
+    with trio.fail_after(10):
+        async with await trio.open_unix_socket(path) as stream:
+            with suppress(trio.BrokenResourceError):
+                assert await stream.receive_some(1) == b""
+
+
+async def until_free(served: Group, member_id: int) -> None:
+    with trio.fail_after(10):
+        while served.query_member(member_id)["state"] not in ("detached", "broken"):
+            await trio.sleep(0.01)
+
+
+FUNCTIONS = MEMBER_FUNCTIONS
+PF = OwnerConfig("blk", f"ram:{MIB}", vfio_user=True)
+
+
+async def test_each_function_has_its_socket(work: Path) -> None:
+    members = (ram(1, vfio_user=True), ram(2, vfio_user=True, legacy=False), ram(3))
+    async with open_group(config(work, *members, owner=PF)) as served:
+        expected = {"owner.vfio-user.sock", *(f"member-{n}.vhost-user.sock" for n in (1, 2, 3))}
+        expected |= {f"member-1.{kind}.vfio-user.sock" for kind in FUNCTIONS}
+        expected |= {"member-2.modern.vfio-user.sock"}
+        assert {path.name for path in served.run_dir.glob("*.sock")} == expected
+        for path in served.run_dir.glob("*.sock"):
+            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+        functions = [[entry["function"] for entry in member["functions"]] for member in served.query_members()]
+        assert functions == [list(FUNCTIONS), ["modern"], []]
+        assert served.function_path(1, "legacy") == served.run_dir / "member-1.legacy.vfio-user.sock"
+        assert served.function_path(0, "owner") == served.run_dir / "owner.vfio-user.sock"
+        for function in served.query_member(1)["functions"]:
+            assert not function["connected"]
+            assert function["pci"]["vendor_id"] == 0x1AF4
+        assert served.query_owner()["function"]["socket"] == str(served.run_dir / "owner.vfio-user.sock")
+    assert not (work / "run").exists()
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+async def test_a_member_is_used_through_one_socket_at_a_time(work: Path, kind: FunctionKind) -> None:
+    async with open_group(config(work, ram(1, vfio_user=True), ram(2, vfio_user=True))) as served:
+        with served.listen() as events:
+            async with vfio_client(served.function_path(1, kind)):
+                event = await next_event(events, "connected")
+                assert (event.member, dict(event.data)) == (1, {"function": kind, "peer_pid": os.getpid()})
+                info = served.query_member(1)
+                assert (info["state"], info["front"], info["peer_pid"]) == ("attached", kind, os.getpid())
+                assert [entry["connected"] for entry in info["functions"]] == [name == kind for name in FUNCTIONS]
+                assert served.query_members()[0]["front"] == kind
+                for other in FUNCTIONS:
+                    await closed_at_once(served.function_path(1, other))
+                async with await trio.open_unix_socket(served.socket_path(1)) as front_end:
+                    await front_end.send_all(GET_FEATURES)
+                    assert await FrontEnd(front_end).hung_up()
+                # others aren't concerned
+                async with vfio_client(served.function_path(2, kind)):
+                    pass
+            event = await next_event(events, "disconnected")
+            assert event.data["reason"]
+            await until_free(served, 1)
+            assert served.query_member(1)["front"] is None
+            async with attached(served.socket_path(1)):
+                assert served.query_member(1)["front"] == "vhost-user"
+                for other in FUNCTIONS:
+                    await closed_at_once(served.function_path(1, other))
+            await until_free(served, 1)
+            async with vfio_client(served.function_path(1, kind)):
+                pass
+
+
+async def test_a_function_in_use_is_deleted_only_by_force(work: Path) -> None:
+    async with open_group(config(work, ram(1, vfio_user=True))) as served:
+        with served.listen() as events:
+            async with vfio_client(served.function_path(1, "modern")) as client:
+                with pytest.raises(MemberError, match=rf"attached to a front end \(pid {os.getpid()}\).*force"):
+                    await served.member_del(1)
+                await served.member_del(1, force=True)
+                await trio.to_thread.run_sync(client.wait_closed)
+            assert (await next_event(events, "disconnected")).data["reason"] == "the member is being deleted"
+            await next_event(events, "deleted")
+        assert list(served.run_dir.glob("*.sock")) == []
+        await served.member_add(ram(1, vfio_user=True))
+        async with vfio_client(served.function_path(1, "modern")):
             pass
+
+
+async def test_the_owners_function(work: Path) -> None:
+    async with open_group(config(work, ram(1), owner=PF)) as served, over_qmp(served) as client:
+        schema = Schema(await client.execute("query-qmp-schema"))
+        async with client.events() as feed:
+            async with vfio_client(served.function_path(0, "owner")):
+                await closed_at_once(served.function_path(0, "owner"))
+                answer = await client.query_owner()
+                schema.returns("query-owner", answer)
+                assert (answer["peer-pid"], answer["device"]["front"]) == (os.getpid(), "owner")
+                assert answer["function"]["connected"]
+            seen = []
+            with trio.fail_after(10):
+                async for event in feed:
+                    schema.event(event)
+                    seen.append(event["event"])
+                    if event["event"] == "OWNER_DISCONNECTED":
+                        break
+            assert seen[0] == "OWNER_CONNECTED"
+
+
+async def test_answers_with_functions_are_what_the_schema_says(work: Path) -> None:
+    async with open_group(config(work, ram(1, vfio_user=True))) as served, over_qmp(served) as client:
+        schema = Schema(await client.execute("query-qmp-schema"))
+        async with client.events() as feed:
+            async with vfio_client(served.function_path(1, "transitional")):
+                schema.returns("query-members", await client.query_members())
+                schema.returns("query-member", await client.query_member(1))
+            added = await client.member_add(type="blk", image="ram:1M", vfio_user=True)
+            schema.returns("member-add", added)
+            assert added["vfio-user"] == [str(served.function_path(2, kind)) for kind in FUNCTIONS]
+            seen = []
+            with trio.fail_after(10):
+                async for event in feed:
+                    schema.event(event)
+                    seen.append((event["event"], event["data"].get("function")))
+                    if event["event"] == "MEMBER_DISCONNECTED":
+                        break
+            assert seen[0] == ("MEMBER_CONNECTED", "transitional")
+            assert seen[-1] == ("MEMBER_DISCONNECTED", "transitional")
+
+
+async def test_a_function_that_cannot_listen(work: Path) -> None:
+    async with open_group(config(work, ram(1))) as served:
+        before = open_fds()
+        (served.run_dir / "member-2.modern.vfio-user.sock").mkdir()
+        with pytest.raises(MemberError, match=r"can't listen on .*/member-2\.modern\.vfio-user\.sock: "):
+            await served.member_add(ram(2, vfio_user=True))
+        (served.run_dir / "member-2.modern.vfio-user.sock").rmdir()
+        assert {path.name for path in served.run_dir.glob("*.sock")} == {"member-1.vhost-user.sock"}
+        assert open_fds() == before
+        assert served.query_owner()["num_vfs"] == 1
+        await served.member_add(ram(2, vfio_user=True))
+
+
+async def test_an_owner_that_cannot_listen(work: Path) -> None:
+    (work / "run").mkdir()
+    (work / "run" / "owner.vfio-user.sock").touch()
+    with pytest.raises(GroupError, match="in the way and is not a socket"):
+        async with open_group(config(work, owner=PF)):
+            pass
+    (work / "run" / "owner.vfio-user.sock").unlink()
+    with pytest.raises(GroupError, match=r"owner: .*too long for a Unix socket"):
+        async with open_group(config(work, owner=PF), run_dir=work / ("d" * 90)):
+            pass
+
+
+async def test_functions_leave_nothing_behind(work: Path) -> None:
+    members = [ram(n, vfio_user=True) for n in range(1, 6)]
+
+    async def once() -> None:
+        with trio.fail_after(30), trio.CancelScope() as scope:
+            async with (
+                open_group(config(work, *members, owner=PF)) as served,
+                vfio_client(served.function_path(0, "owner")),
+                vfio_client(served.function_path(3, "transitional")),
+            ):
+                scope.cancel()
+                await trio.sleep_forever()
+        assert scope.cancelled_caught
+        assert not (work / "run").exists()
+
+    await once()
+    before = open_fds()
+    for _ in range(5):
+        await once()
+    assert open_fds() == before
+
+
+async def test_a_group_with_functions_that_is_cancelled_while_it_starts(work: Path) -> None:
+    members = [ram(n, vfio_user=True) for n in range(1, 11)]
+
+    async def once(checkpoints: int) -> None:
+        with trio.CancelScope() as scope, trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+
+                async def cancel() -> None:
+                    for _ in range(checkpoints):
+                        await trio.lowlevel.checkpoint()
+                    scope.cancel()
+
+                nursery.start_soon(cancel)
+                async with open_group(config(work, *members, owner=PF)):
+                    await trio.sleep_forever()
+        assert scope.cancelled_caught
+        assert not (work / "run").exists()
+
+    await once(10)
+    before = open_fds()
+    for checkpoints in (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 300):
+        await once(checkpoints)
+    assert open_fds() == before
+
+
+async def test_functions_beside_the_stock_daemon(work: Path) -> None:
+    async with open_group(config(work, ram(1, vfio_user=True)), engine="rust-vmm") as served:
+        async with vfio_client(served.function_path(1, "modern")):
+            assert served.query_member(1)["front"] == "modern"
+        await until_free(served, 1)
+        async with attached(served.socket_path(1)):
+            assert served.query_member(1)["front"] == "vhost-user"
+            await closed_at_once(served.function_path(1, "modern"))
+
+
+async def test_members_with_functions_come_and_go(work: Path) -> None:
+    async with open_group(config(work, ram(1))) as served:
+        await served.member_add(ram(2, vfio_user=True))
+        await served.member_del(2)
+        before = open_fds()
+        for kind in (*FUNCTIONS, *FUNCTIONS):
+            await served.member_add(ram(2, vfio_user=True))
+            async with vfio_client(served.function_path(2, kind)):
+                await served.member_del(2, force=True)
+        assert open_fds() == before
 
 
 # --- events and ends --------------------------------------------------------------------------------------
@@ -593,11 +860,13 @@ class Schema:
 
 
 async def test_every_answer_and_event_is_what_the_schema_says(work: Path) -> None:
-    async with open_group(config(work, disk(1, work / "disk1.raw"), ram(2))) as served, over_qmp(served) as client:
+    owner = OwnerConfig("blk", f"ram:{MIB}")
+    with_owner = config(work, disk(1, work / "disk1.raw"), ram(2), owner=owner, feature_management=True)
+    async with open_group(with_owner) as served, over_qmp(served) as client:
         schema = Schema(await client.execute("query-qmp-schema"))
 
         async def ask(command: str, **arguments: object) -> Any:
-            answer = await client.execute(command, arguments)
+            answer = await client.execute(command, {key.replace("_", "-"): arguments[key] for key in arguments})
             schema.returns(command, answer)
             return answer
 
@@ -615,14 +884,18 @@ async def test_every_answer_and_event_is_what_the_schema_says(work: Path) -> Non
                 await front_end.hung_up()
             assert await ask("member-modify", id=1, size=2 * MIB) == {"driver-told": False}
             assert await ask("member-del", id=3, force=True) == {}
+            await ask("trace-events", enable=True)
+            await ask_all_of_the_owner(ask)
+            await trio.sleep(0.2)
+            await ask("trace-events", enable=False)
             await ask("quit")
             assert served.stopping.is_set()
             seen = []
             with trio.fail_after(10):
                 async for event in feed:
                     schema.event(event)
-                    seen.append((event["event"], event["data"]["id"]))
-                    if event["event"] == "MEMBER_DELETED":
+                    seen.append((event["event"], event["data"].get("id")))
+                    if event["event"] == "REGISTER_ACCESS":
                         break
         for expected in (
             ("MEMBER_ADDED", 3),
@@ -631,10 +904,59 @@ async def test_every_answer_and_event_is_what_the_schema_says(work: Path) -> Non
             ("MEMBER_DISCONNECTED", 3),
             ("MEMBER_CONFIG_CHANGE", 1),
             ("MEMBER_DELETED", 3),
+            ("REGISTER_ACCESS", None),
         ):
             assert expected in seen
         commands = {name for name, entry in schema.types.items() if entry["meta-type"] == "command"}
         assert commands == schema.checked & commands
+
+
+async def ask_all_of_the_owner(ask: Callable[..., Awaitable[Any]]) -> None:
+    """Every command that goes through the owner; member 1 is as before afterwards."""
+    assert (await ask("query-owner"))["num-vfs"] == 2
+    await ask("owner-set-vfs", num_vfs=2, enable=True)
+    assert await ask("member-legacy-write", id=1, space="common", offset=18, data="03") == {}
+    read = await ask("member-legacy-read", id=1, space="common", offset=18, length=1)
+    assert read == {"data": "03", "value": 3}
+    read = await ask("member-legacy-read", id=1, space="device", offset=0, length=8)
+    assert read["value"] == 2 * MIB // 512
+    assert await ask("member-stop", id=1) == {}
+    parts = await ask("member-parts-get", id=1)
+    assert {"DEVICE_STATUS": 3}.items() <= {part["name"]: part["value"] for part in parts["parts"]}.items()
+    queue = next(part for part in parts["parts"] if part["name"] == "VQ_CFG")
+    assert (queue["index"], queue["value"]["size"]) == (0, 256)
+    assert await ask("member-parts-set", id=1, data=parts["data"]) == {}
+    assert await ask("member-resume", id=1) == {}
+    await ask("member-legacy-write", id=1, space="common", offset=18, data="00")
+    assigned = await ask("member-assign-features", id=1, features=1 << 9)
+    assert assigned["features"] == 1 << 9
+    assert assigned["assignable"] & 1 << 9
+    assert (await ask("query-member", id=1))["assigned-features"] == 1 << 9
+    assert await ask("member-notify-info", id=1) == [{"place": "member", "bar": 2, "offset": 0x3000}]
+    listed = await ask("owner-command", opcode=0, result_size=8)
+    assert listed["status"] == {"value": 0, "name": "OK"}
+    assert int.from_bytes(bytes.fromhex(listed["result"]), "little") & 0x7C == 0x7C
+    assert listed["written"] == 16
+    refused = await ask("owner-command", opcode=3, member=77, data="12", result_size=1)
+    assert (refused["status"]["name"], refused["qualifier"]["name"]) == ("EINVAL", "INVALID_MEMBER")
+    trace = await ask("query-trace", id=1, limit=5)
+    assert [entry["register"] for entry in trace["entries"][:2]] == ["device_status", "device_status"]
+    totals = (await ask("query-statistics"))["admin"]
+    assert totals["commands"]["DEV_PARTS_SET"] == 1
+    assert totals["failed"] == 1
+
+
+def test_every_command_and_event_is_described(work: Path) -> None:
+    described = (Path(__file__).parent.parent / "docs" / "QMP.md").read_text()
+    for name, event in EVENTS.values():
+        assert f"`{name}`" in described
+        assert all(f"`{key}`" in described or f"`*{key}`" in described for key in event.fields())
+    registry = make_registry(None)  # type: ignore[arg-type]
+    for name, command in registry.commands.items():
+        assert f"`{name}`" in described
+        line = next(line for line in described.splitlines() if line.startswith("| `") and f"`{name}`" in line)
+        for key, (_, optional) in command.arguments.fields().items():
+            assert f"`{'*' if optional else ''}{key}`" in line, (name, key)
 
 
 @pytest.mark.parametrize(
@@ -648,6 +970,39 @@ async def test_every_answer_and_event_is_what_the_schema_says(work: Path) -> Non
         ("member-del", {"id": 9}, "DeviceNotFound", "Member 9 not found"),
         ("member-modify", {"id": 9, "size": 512}, "DeviceNotFound", "Member 9 not found"),
         ("member-modify", {"id": 1}, "GenericError", "nothing to change"),
+        ("member-modify", {"id": 1, "features": 1}, "GenericError", "INVALID_OPCODE"),
+        ("member-modify", {"id": 1, "serial": "s" * 21}, "GenericError", "serial .* can't be served"),
+        ("owner-set-vfs", {}, "GenericError", "nothing to set; allowed: enable, num-vfs"),
+        ("owner-set-vfs", {"num-vfs": 65536}, "GenericError", "allowed: 0 to 65535"),
+        ("owner-command", {"opcode": 65536}, "GenericError", "administration command"),
+        ("owner-command", {"opcode": 0, "data": "0"}, "GenericError", "'data' expects pairs of hexadecimal digits"),
+        ("owner-command", {"opcode": 0, "result-size": 1 << 30}, "GenericError", "'result-size' expects a number from"),
+        ("owner-command", {"opcode": 0, "queue": 1}, "GenericError", "queue 1 isn't there; allowed: 0 to 0"),
+        ("member-stop", {"id": 9}, "DeviceNotFound", "Member 9 not found"),
+        ("member-parts-get", {"id": 0}, "DeviceNotFound", "Member 0 not found"),
+        ("member-parts-set", {"id": 1, "data": "?"}, "GenericError", "'data' expects base64 text"),
+        ("member-parts-set", {"id": 1, "data": "AAAA"}, "GenericError", "device part: 3 bytes; it has 16"),
+        ("member-assign-features", {"id": 1, "features": 0}, "GenericError", "member 1: DEVICE_MGMT.*INVALID_OPCODE"),
+        ("member-assign-features", {"id": 1, "features": -1}, "GenericError", "64 bits"),
+        (
+            "member-legacy-read",
+            {"id": 1, "space": "common", "offset": 18, "length": 2},
+            "GenericError",
+            "member 1: LEGACY_COMMON_CFG_READ: EINVAL / INVALID_FIELD",
+        ),
+        ("member-legacy-read", {"id": 1, "space": "x", "offset": 0, "length": 1}, "GenericError", "accept value 'x'"),
+        (
+            "member-legacy-read",
+            {"id": 1, "space": "common", "offset": 256, "length": 1},
+            "GenericError",
+            "offset 256 doesn't fit",
+        ),
+        ("member-legacy-write", {"id": 1, "space": "device", "offset": 0, "data": "zz"}, "GenericError", "hexadecimal"),
+        ("query-trace", {"id": 9}, "DeviceNotFound", "Member 9 not found"),
+        ("query-trace", {"limit": 0}, "GenericError", "limit 0 is out of range; allowed: 1 to 4096"),
+        ("query-trace", {"since": -1}, "GenericError", "since -1 is out of range"),
+        ("trace-events", {"id": 9, "enable": True}, "DeviceNotFound", "Member 9 not found"),
+        ("member-add", {"type": "blk", "image": "ram:1M", "vectors": 4096}, "GenericError", "vectors: .*0 to 2048"),
         ("member-add", {"type": "blk"}, "GenericError", "Parameter 'image' is missing"),
         ("member-add", {"type": "net", "image": "ram:1M"}, "GenericError", "type: .*not served by this version"),
         ("member-add", {"type": "blk", "image": "none"}, "GenericError", "image: .*no such file"),

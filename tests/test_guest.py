@@ -267,6 +267,21 @@ async def test_resize_is_seen_by_the_running_guest(tmp_path: Path) -> None:
         assert image.stat().st_size == size
 
 
+async def test_what_the_kernel_complains_about(tmp_path: Path) -> None:
+    (image,), _ = member_images(tmp_path, 1)
+    async with guest.serve_group([MemberSpec(image)], tmp_path) as group:
+        config = VmConfig(disks=(Disk(group.socket(1), "legacy"),), log_dir=tmp_path / "vm")
+        async with guest.open_vm(config) as vm:
+            await vm.wait_event("ready")
+            assert await vm.complaints() == []
+            # The guest doesn't know: what it writes comes back as failed.
+            await group.qmp("member-modify", {"id": 1, "read-only": True})
+            with pytest.raises(GuestError, match="vda: "):
+                await vm.command("verify vda")
+            complaints = await vm.complaints()
+    assert any("I/O error, dev vda" in line for line in complaints)
+
+
 # --- what goes wrong on our side of the VM
 
 

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import trio
 
-from vhu_legacy import qemu_args
+from vhu_legacy import images, qemu_args
 from vhu_legacy.qemu_args import DiskArgs, Mode
 
 DISK = DiskArgs(Path("/run/g/member-1.vhost-user.sock"), queues=4, queue_size=128, name="member-1")
@@ -91,6 +94,56 @@ def test_the_version_that_qemu_prints() -> None:
     assert qemu_args.version_of_output("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright") == (7, 2)
     with pytest.raises(ValueError, match="no version in"):
         qemu_args.version_of_output("bash: qemu: not found")
+
+
+SOCKET = Path("/run/g/member-1.legacy.vfio-user.sock")
+
+
+@pytest.mark.parametrize("boot", [True, False])
+def test_a_whole_line_over_vfio_user(boot: bool) -> None:
+    argv = qemu_args.command_line_vfio(SOCKET, (11, 1), memory="512M", name="member-1", boot=boot)
+    options = dict(zip(argv[1:-1:2], argv[2:-1:2], strict=True))
+    # else every access of ours to guest memory would go through the socket
+    assert options["-object"] == "memory-backend-memfd,id=mem0,size=512M,share=on"
+    assert "memory-backend=mem0" in options["-machine"]
+    assert json.loads(options["-device"]) == {
+        "driver": "vfio-user-pci",
+        "id": "member-1",
+        "socket": {"type": "unix", "path": str(SOCKET)},
+        **({"bootindex": 1} if boot else {}),
+    }
+    assert shlex.split(qemu_args.shell_line(argv).replace("\\\n", " ")) == argv
+
+
+def test_a_function_on_a_bus_of_its_own() -> None:
+    path = Path('/tmp/a,b/it\'s "a" dir/x.sock')
+    (option, text) = qemu_args.function_device(path, (10, 1), name="vf", bus="rp0")
+    assert option == "-device"
+    # no doubled commas in JSON
+    assert json.loads(text)["socket"]["path"] == str(path)
+    assert json.loads(text)["bus"] == "rp0"
+
+
+@pytest.mark.parametrize("version", [(7, 2), (9, 2), (10, 0)])
+def test_versions_without_vfio_user(version: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"has no vfio-user-pci; needed: 10\.1 or later.*10\.2.*DMA_READ"):
+        qemu_args.command_line_vfio(SOCKET, version)
+
+
+@pytest.mark.guest
+async def test_qemu_takes_the_line_over_vfio_user(tmp_path: Path) -> None:
+    """As below, on a QEMU that has it."""
+    await images.ensure([], ["11.1"])
+    qemu = images.qemu_command("11.1")
+    argv = qemu_args.command_line_vfio(tmp_path / "none.sock", qemu.series, memory="64M", binary=qemu.argv)
+    done = await trio.to_thread.run_sync(
+        lambda: subprocess.run(
+            argv, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL, env={**os.environ, **qemu.env}
+        )
+    )
+    assert done.returncode == 1
+    assert "none.sock" in done.stderr
+    assert "No such file or directory" in done.stderr
 
 
 @pytest.mark.qemu

@@ -9,10 +9,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from .config import CheckResult, GroupConfig, MemberConfig, OwnerConfig, check, load
+from .config import CheckResult, CompatConfig, GroupConfig, MemberConfig, OwnerConfig, check, load
 from .errors import (
     ClientError,
     ConfigError,
@@ -26,11 +27,15 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .admin import AdminError
     from .group import Group, open_group
+    from .owner import OwnerDriver
 
 __all__ = [
+    "AdminError",
     "CheckResult",
     "ClientError",
+    "CompatConfig",
     "ConfigError",
     "Group",
     "GroupConfig",
@@ -40,6 +45,7 @@ __all__ = [
     "MemberConfig",
     "MemberError",
     "OwnerConfig",
+    "OwnerDriver",
     "Problem",
     "RunDirBusyError",
     "VhuError",
@@ -57,8 +63,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 def __getattr__(name: str) -> Any:
     # `vhu-legacy validate` and `qemu-args` need neither trio nor the native module: those come with the group
-    if name in ("Group", "open_group"):
-        from . import group
-
-        return getattr(group, name)
+    module = {"AdminError": "admin", "Group": "group", "OwnerDriver": "owner", "open_group": "group"}.get(name)
+    if module is not None:
+        return getattr(import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -51,8 +51,8 @@ class Pool:
         "status" {old, new}: the device status register changed;
         "broken" {rule, reason, queue|None}: the member was marked broken;
         "config" {}: the driver changed the device configuration;
-        "function-connected" {function, peer_pid}, "function-disconnected" {function, reason}: a client of a PCI function
-        (member 0 is the owner).
+        "function-connected" {function, peer_pid}, "function-disconnected" {function, reason}: a client of a PCI
+        function (member 0 is the owner).
         """
     def statistics(self) -> dict[str, Any]:
         """Workers, their queues, wake-ups, requests; shared mappings."""
@@ -113,10 +113,20 @@ class Member:
         "isr", "msix" {enabled, vectors}, "assigned_features", "config_generation". Administration commands are counted
         by the group: `DeviceGroup.member_commands`.
         """
-    def modify(self, *, image: str | None = None, size: int | None = None, read_only: bool | None = None) -> bool:
-        """Swap the image, resize it (bytes), or change read-only. True when the driver should be told.
+    def modify(
+        self,
+        *,
+        image: str | None = None,
+        size: int | None = None,
+        read_only: bool | None = None,
+        legacy: bool | None = None,
+        serial: str | None = None,
+    ) -> bool:
+        """Swap the image, resize it (bytes), change read-only, whether legacy drivers are welcome, or the serial
+        number. True when the driver should be told.
 
-        Raises ImageError; nothing has changed then.
+        Raises ImageError (the image is as before then), ValueError, and BusyError for `legacy` and `serial` while a
+        front end is attached.
         """
     def config_changed(self) -> bool:
         """Tell the driver of an attached PCI function that the configuration changed. False when there is none, or it
@@ -149,10 +159,10 @@ class DeviceGroup:
     def reset(self) -> None:
         """What a reset of the owner is to the in-process driver: lists, capabilities and objects as after power-up."""
     def info(self) -> dict[str, Any]:
-        """vf_enable, num_vfs, total_vfs, strict, feature_management, notify_region, admin_queues, compat {}, supported and
-        used_lists {self, sr_iov: [opcode]}, device_capabilities and capabilities {get_limit, set_limit}, objects [{type,
-        id, member, operation}], function {used_lists, capabilities, objects} of the PCI function's driver, commands {name:
-        count}, failed, queues and forwarders [{index, submitted, completed}]."""
+        """vf_enable, num_vfs, total_vfs, strict, feature_management, notify_region, admin_queues, compat {}, supported
+        and used_lists {self, sr_iov: [opcode]}, device_capabilities and capabilities {get_limit, set_limit}, objects
+        [{type, id, member, operation}], function {used_lists, capabilities, objects} of the PCI function's driver,
+        commands {name: count}, failed, queues and forwarders [{index, submitted, completed}]."""
     def submit(self, queue: int, readable: bytes, writable: int) -> tuple[int, bytes | None]:
         """Put one command into an in-process queue: its device-readable part, and how many bytes the device may write.
 
@@ -193,9 +203,9 @@ class Function:
     def modern(group: DeviceGroup, member: Member) -> Function:
         """The member itself, as a virtual function is. Raises ValueError."""
     def info(self) -> dict[str, Any]:
-        """kind, member, vendor_id, device_id, revision, class_code, subsystem_vendor_id, subsystem_id, bars [{index, size,
-        kind}], capabilities [name], command, msix_enabled, irqs {intx, msix [vectors with an eventfd]}, dma [{iova,
-        size}]."""
+        """kind, member, vendor_id, device_id, revision, class_code, subsystem_vendor_id, subsystem_id, bars [{index,
+        size, kind}], capabilities [name], command, msix_enabled, irqs {intx, msix [vectors with an eventfd]}, dma
+        [{iova, size}]."""
 
 @final
 class VfioUserServer:

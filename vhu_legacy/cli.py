@@ -21,10 +21,10 @@ import threading
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from queue import Full, Queue
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 import click
 
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from .client import GroupClient
+    from .config import OwnerConfig
 
 T = TypeVar("T")
+Via = Literal["vhost-user", "vfio-user"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 log = logging.getLogger("vhu_legacy")
@@ -45,6 +47,12 @@ log = logging.getLogger("vhu_legacy")
 ENGINES: Final = ("native", "rust-vmm")
 DEBUG: Final = "VHU_LEGACY_DEBUG"
 KEPT_EVENTS: Final = 12
+TRACE_INTERVAL: Final = 0.2
+"""Seconds between two looks at a trace that is followed."""
+TRACE_PAGE: Final = 4096
+OWNER: Final = 0
+"""The owner's number among the devices of a group."""
+ALL: Final = -1
 LOG_QUEUE: Final = 1000
 END_OF_LOG: Final = logging.makeLogRecord({})
 
@@ -134,6 +142,77 @@ class MemberId(click.ParamType[int]):
         return int(text)
 
 
+class DeviceId(MemberId):
+    """A member number, or "owner"."""
+
+    name = "member|owner"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return OWNER if value == "owner" else super().convert(value, param, ctx)
+
+
+class TracedId(DeviceId):
+    """A member number, "owner", or "all"."""
+
+    name = "member|owner|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return ALL if value in ("all", ALL) else super().convert(value, param, ctx)
+
+
+class Number(click.ParamType[int]):
+    """A number that isn't negative, in decimal, or in hexadecimal with 0x."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(str(value), 0)
+        except ValueError:
+            number = -1
+        if number < 0:
+            self.fail(f"{value!r} is not a number such as 18 or 0x12", param, ctx)
+        return number
+
+
+class HexBytes(click.ParamType[bytes]):
+    """Bytes as pairs of hexadecimal digits, in the order in which they lie in memory."""
+
+    name = "hex"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        if isinstance(value, bytes):
+            return value
+        try:
+            return bytes.fromhex(str(value).removeprefix("0x"))
+        except ValueError:
+            self.fail(f"{value!r} is not a row of bytes such as 0f00", param, ctx)
+
+
+class OpcodeName(click.ParamType[int]):
+    """An opcode by number or by name (LIST_QUERY, list-query)."""
+
+    name = "opcode"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from .admin import Opcode
+
+        name = str(value).upper().replace("-", "_")
+        if name in Opcode.__members__:
+            return int(Opcode[name])
+        return Number().convert(value, param, ctx)
+
+
+class GroupTypeName(click.ParamType[int]):
+    """A group type: self, sr-iov, or a number."""
+
+    name = "self|sr-iov|number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        known = {"self": 0, "sr-iov": 1}
+        return known[str(value)] if str(value) in known else Number().convert(value, param, ctx)
+
+
 class QemuVersion(click.ParamType[str]):
     """A QEMU version such as 7.2, 10.0, 11.1."""
 
@@ -148,6 +227,7 @@ class QemuVersion(click.ParamType[str]):
 
 
 member_argument = click.argument("member", type=MemberId())
+device_argument = click.argument("member", type=DeviceId(), metavar="MEMBER|owner")
 
 
 # --- output -------------------------------------------------------------------------------------------------
@@ -337,17 +417,23 @@ async def _serve(file: Path, run_dir: Path | None, engine: str) -> None:
 
 def ready_line(group: Any) -> dict[str, Any]:
     """What `serve` prints when it is ready."""
-    members = [
-        {"id": member["id"], "type": member["type"], "vhost_user": member["vhost_user"]}
-        for member in group.query_members()
-    ]
-    return {
+    members = []
+    for member in group.query_members():
+        entry = {"id": member["id"], "type": member["type"], "vhost_user": member["vhost_user"]}
+        if member["functions"]:
+            entry["vfio_user"] = {function["function"]: function["socket"] for function in member["functions"]}
+        members.append(entry)
+    line = {
         "event": "ready",
         "name": group.name,
         "run_dir": str(group.run_dir),
         "qmp": str(group.qmp_path),
         "members": members,
     }
+    function = group.query_owner()["function"]
+    if function is not None:
+        line["owner"] = {"vfio_user": function["socket"]}
+    return line
 
 
 @main.command()
@@ -374,9 +460,17 @@ def validate(file: Path, as_json: bool) -> None:
         for warning in result.warnings:
             click.echo(f"warning: {warning}", err=True)
         if result.config is not None:
-            click.echo(f"{file}: group {result.config.name}, {len(result.config.members)} members: ok")
+            config = result.config
+            owner = "" if config.owner is None else f"{owner_text(config.owner)}, "
+            click.echo(f"{file}: group {config.name}, {owner}{len(config.members)} members: ok")
     if result.config is None:
         raise click.exceptions.Exit(1)
+
+
+def owner_text(owner: OwnerConfig) -> str:
+    """What `validate` says of the owner."""
+    queues = f"{owner.admin_queues} admin queue{'s' if owner.admin_queues > 1 else ''}"
+    return f"owner {owner.type} {owner.image} with {queues}{' over vfio-user' if owner.vfio_user else ''}"
 
 
 # --- list, show, watch --------------------------------------------------------------------------------------
@@ -407,11 +501,13 @@ def members_table(members: list[dict[str, Any]], title: str | None = None) -> Ta
         "type",
         "state",
         "driver",
+        "front",
         "queues>",
         "requests>",
         "errors>",
         "size>",
         "image",
+        "functions",
         "socket",
         title=title,
     )
@@ -422,11 +518,13 @@ def members_table(members: list[dict[str, Any]], title: str | None = None) -> Ta
             member["type"],
             state_text(member),
             member["driver-mode"] or "-",
+            member["front"] or "-",
             f"{member['running-queues']}/{member['queues']}",
             str(member["served"]),
             str(member["errors"]),
             size_text(image["size"]),
             image["spec"] + (" (read-only)" if image["read-only"] else ""),
+            " ".join(function["function"] for function in member["functions"]) or "-",
             member["vhost-user"],
         )
     return table
@@ -434,11 +532,13 @@ def members_table(members: list[dict[str, Any]], title: str | None = None) -> Ta
 
 def state_text(member: dict[str, Any]) -> str:
     broken = member["broken"]
-    return member["state"] if broken is None else f"broken: {broken['rule']}"
+    if broken is not None:
+        return f"broken: {broken['rule']}"
+    return f"{member['state']}, stopped" if member["stopped"] else str(member["state"])
 
 
 @main.command()
-@member_argument
+@device_argument
 @group_options
 @click.option("--qemu-qmp", metavar="SOCKET", help="QEMU's own QMP socket: shows its side of the queues, too.")
 @click.option("--qom-path", metavar="PATH", help="The device within QEMU, if it can't be found by its socket.")
@@ -451,7 +551,12 @@ def show(
     qom_path: str | None,
     as_json: bool,
 ) -> None:
-    """Show everything about one MEMBER of a running group."""
+    """Show everything about one MEMBER of a running group, or about its owner."""
+    if member == OWNER:
+        if qemu_qmp is not None or qom_path is not None:
+            raise click.UsageError("--qemu-qmp and --qom-path are for members")
+        _show_owner(ask_group(group_name, run_dir, lambda client: client.query_owner()), as_json)
+        return
     if qemu_qmp is not None:
         # it is the group that connects, and it may have been started elsewhere
         qemu_qmp = str(Path(qemu_qmp).absolute())
@@ -469,24 +574,105 @@ def show(
         facts.add_row(name, value)
     console.print(facts)
     console.print(queues_table(answer["queues"]))
+    if answer["functions"]:
+        console.print(functions_table(answer["functions"]))
     if "qemu" in answer:
         console.print(qemu_table(answer))
 
 
+def _show_owner(owner: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(owner)
+        return
+    console = stdout_console()
+    facts = new_table("owner", "")
+    for name, value in owner_facts(owner):
+        facts.add_row(name, value)
+    console.print(facts)
+    queues = new_table("admin queue>", "submitted>", "completed>")
+    for queue in owner["queues"]:
+        queues.add_row(*(str(queue[key]) for key in ("index", "submitted", "completed")))
+    console.print(queues)
+    if owner["device"] is not None:
+        device = new_table("its own device", owner["device"]["type"])
+        for name, value in device_facts(owner["device"]):
+            device.add_row(name, value)
+        console.print(device)
+        console.print(queues_table(owner["device"]["queues"]))
+    if owner["function"] is not None:
+        console.print(functions_table([owner["function"]]))
+
+
+def owner_facts(owner: dict[str, Any]) -> list[tuple[str, str]]:
+    """The single values of the group that `show owner` prints."""
+    from .admin import opcode_name
+
+    def names(opcodes: list[int]) -> str:
+        return " ".join(opcode_name(opcode) for opcode in opcodes) or "-"
+
+    enabled = [key for key in ("strict", "feature-management", "notify-region") if owner[key]]
+    enabled += [key for key, on in owner["compat"].items() if on]
+    objects = [f"{item['operation']} {item['id']} (member {item['member']})" for item in owner["objects"]]
+    function = owner["function"]
+    theirs = (
+        []
+        if function is None
+        else [
+            ("its client's self group", names(function["used-lists"]["self"])),
+            ("its client's SR-IOV group", names(function["used-lists"]["sr-iov"])),
+        ]
+    )
+    return [
+        ("VF Enable", "yes" if owner["vf-enable"] else "no"),
+        ("NumVFs", f"{owner['num-vfs']} of {owner['total-vfs']}"),
+        ("switches", " ".join(enabled) or "-"),
+        ("front end", "-" if owner["peer-pid"] is None else f"pid {owner['peer-pid']}"),
+        ("our self group", names(owner["used-lists"]["self"])),
+        ("our SR-IOV group", names(owner["used-lists"]["sr-iov"])),
+        *theirs,
+        ("capabilities", pairs_text(owner["capabilities"])),
+        ("objects", ", ".join(objects) or "-"),
+        ("commands", pairs_text(owner["commands"]) or "-"),
+        ("failed", str(owner["failed"])),
+    ]
+
+
+def functions_table(functions: list[dict[str, Any]]) -> Table:
+    """PCI functions over vfio-user, a row each."""
+    table = new_table("function", "client", "connections>", "refused>", "messages>", "reads>", "writes>", "socket")
+    for function in functions:
+        client = f"pid {function['peer-pid']}" if function["peer-pid"] is not None else "connected"
+        table.add_row(
+            function["function"],
+            client if function["connected"] else "-",
+            *(str(function[key]) for key in ("connections", "refused", "messages", "reads", "writes")),
+            function["socket"],
+        )
+    return table
+
+
 def member_facts(member: dict[str, Any]) -> list[tuple[str, str]]:
-    """The single values that `show` prints."""
+    """The single values that `show` prints of a member."""
+    peer = "-" if member["peer-pid"] is None else f"pid {member['peer-pid']}"
+    return [("socket", member["vhost-user"]), ("front end", peer), *device_facts(member)]
+
+
+def device_facts(member: dict[str, Any]) -> list[tuple[str, str]]:
+    """The single values that members and the owner's own device have in common."""
     image = member["image"]
     facts = [
         ("type", member["type"] + (", transitional-capable" if member["legacy"] else ", modern only")),
         ("state", state_text(member)),
-        ("socket", member["vhost-user"]),
-        ("front end", "-" if member["peer-pid"] is None else f"pid {member['peer-pid']}"),
+        ("driven through", member["front"] or "-"),
         ("connections", str(member["connections"])),
         ("driver", member["driver-mode"] or "-"),
         ("status", bits_text(member["status"])),
         ("device features", bits_text(member["device-features"])),
         ("driver features", bits_text(member["driver-features"])),
+        ("assigned features", "-" if member["assigned-features"] is None else f"0x{member['assigned-features']:x}"),
         ("protocol features", bits_text(member["protocol-features"])),
+        ("interrupts", _interrupts_text(member)),
+        ("admin commands", pairs_text(member["admin-commands"]) or "-"),
         (
             "image",
             f"{image['spec']}, {size_text(image['size'])}" + (", read-only" if image["read-only"] else ""),
@@ -501,6 +687,12 @@ def member_facts(member: dict[str, Any]) -> list[tuple[str, str]]:
             queue = "" if problem["queue"] is None else f" (queue {problem['queue']})"
             facts.append((key.replace("-", " "), f"{problem['rule']}: {problem['reason']}{queue}"))
     return facts
+
+
+def _interrupts_text(member: dict[str, Any]) -> str:
+    msix = member["msix"]
+    how = f"MSI-X, {msix['vectors']} vectors" if msix["enabled"] else "not MSI-X"
+    return f"{how}, ISR 0x{member['isr']:x}"
 
 
 def bits_text(bits: dict[str, Any]) -> str:
@@ -626,16 +818,416 @@ def event_text(event: dict[str, Any]) -> str:
     stamp = event["timestamp"]["seconds"] + event["timestamp"]["microseconds"] / 1e6
     clock = time.strftime("%H:%M:%S", time.localtime(stamp)) + f".{event['timestamp']['microseconds'] // 1000:03}"
     data = dict(event.get("data", {}))
+    if event["event"] == "REGISTER_ACCESS":
+        # `trace --follow` shows them one by one
+        data["entries"] = len(data["entries"])
     member = data.pop("id", None)
     who = "" if member is None else f"member {member}: "
     return f"{clock} {who}{event['event']} {pairs_text(data)}".rstrip()
+
+
+# --- administration commands and the register trace ------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class AdminTarget:
+    """What `admin` itself was told; each of its commands understands the same options."""
+
+    member: int
+    group_name: str | None
+    run_dir: Path | None
+    as_json: bool
+
+
+@main.group(subcommand_metavar="COMMAND [ARGS]...")
+@click.argument("member", type=DeviceId(), metavar="MEMBER|owner")
+@group_options
+@json_option
+@click.pass_context
+def admin(ctx: click.Context, member: int, group_name: str | None, run_dir: Path | None, as_json: bool) -> None:
+    """Send administration commands for MEMBER through the owner's administration virtqueue.
+
+    Numbers may be decimal or begin with 0x; data are bytes in hexadecimal digits, as they lie in memory (so a 16-bit 1
+    is 0100). MEMBER may be "owner" for `raw`.
+    """
+    ctx.obj = AdminTarget(member, group_name, run_dir, as_json)
+
+
+def admin_command(name: str, *parameters: Callable[[F], F]) -> Callable[[Callable[..., None]], click.Command]:
+    """One command of `admin`: a function that gets a connection to the group, the target, and its parameters."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        def invoke(group_name: str | None, run_dir: Path | None, as_json: bool, **values: Any) -> None:
+            target: AdminTarget = click.get_current_context().obj
+            target.group_name = group_name or target.group_name
+            target.run_dir = run_dir or target.run_dir
+            target.as_json = as_json or target.as_json
+            if target.member == OWNER and name != "raw":
+                raise click.UsageError(f"`{name}` is for members; the owner takes `raw`")
+            function(target, **values)
+
+        invoke.__doc__ = function.__doc__
+        command: Callable[..., None] = json_option(group_options(invoke))
+        for parameter in reversed(parameters):
+            command = parameter(command)
+        return admin.command(name)(command)
+
+    return decorate
+
+
+def ask_target(target: AdminTarget, function: Callable[[GroupClient], Awaitable[T]]) -> T:
+    """`ask_group` for the group that `admin` is meant for."""
+    return ask_group(target.group_name, target.run_dir, function)
+
+
+def done(target: AdminTarget, text: str, **values: object) -> None:
+    """What a command of `admin` prints when there is nothing to tell but that it has been done."""
+    if target.as_json:
+        print_json({"member": target.member, **values})
+    else:
+        click.echo(f"member {target.member}: {text}")
+
+
+space_argument = click.argument("space", type=click.Choice(("common", "device")))
+offset_argument = click.argument("offset", type=Number())
+Space = Literal["common", "device"]
+
+
+@admin_command("status")
+def admin_status(target: AdminTarget) -> None:
+    """Read the device status register."""
+
+    async def ask(client: GroupClient) -> int:
+        return (await client.legacy_read(target.member, 18, 1))[0]
+
+    status = ask_target(target, ask)
+    names = [name for bit, name in STATUS_BITS.items() if status & bit]
+    if target.as_json:
+        print_json({"member": target.member, "status": {"value": status, "names": names}})
+    else:
+        click.echo(f"0x{status:02x} {' '.join(names)}".rstrip())
+
+
+STATUS_BITS: Final = {
+    1: "ACKNOWLEDGE",
+    2: "DRIVER",
+    4: "DRIVER_OK",
+    8: "FEATURES_OK",
+    64: "DEVICE_NEEDS_RESET",
+    128: "FAILED",
+}
+
+
+@admin_command("features")
+def admin_features(target: AdminTarget) -> None:
+    """Read the feature words of the legacy interface: what the device offers, what the driver has accepted."""
+
+    async def ask(client: GroupClient) -> tuple[int, int, dict[str, Any]]:
+        device = int.from_bytes(await client.legacy_read(target.member, 0, 4), "little")
+        driver = int.from_bytes(await client.legacy_read(target.member, 4, 4), "little")
+        return device, driver, await client.query_member(target.member)
+
+    device, driver, member = ask_target(target, ask)
+    known = {**bit_names(member["driver-features"]), **bit_names(member["device-features"])}
+    words = {
+        key: {"value": value, "names": [known.get(bit, f"BIT_{bit}") for bit in range(32) if value >> bit & 1]}
+        for key, value in (("device", device), ("driver", driver))
+    }
+    if target.as_json:
+        print_json({"member": target.member, **words})
+    else:
+        for key, word in words.items():
+            click.echo(f"{key} {bits_text(word)}")
+
+
+def bit_names(bits: dict[str, Any]) -> dict[int, str]:
+    """Names by bit number; the group gives them in the order of the bits."""
+    set_bits = (bit for bit in range(64) if bits["value"] >> bit & 1)
+    return dict(zip(set_bits, bits["names"], strict=True))
+
+
+@admin_command("config")
+def admin_config(target: AdminTarget) -> None:
+    """Read the device configuration byte by byte, as legacy drivers do, up to its end."""
+
+    async def ask(client: GroupClient) -> bytes:
+        data = bytearray()
+        try:
+            while len(data) < 256:
+                data += await client.legacy_read(target.member, len(data), 1, space="device")
+        except ClientError as error:
+            # beyond the end; at its beginning it is something else
+            if not data or "INVALID_FIELD" not in str(error):
+                raise
+        return bytes(data)
+
+    data = ask_target(target, ask)
+    if target.as_json:
+        print_json({"member": target.member, "config": data.hex()})
+    else:
+        for start in range(0, len(data), 16):
+            click.echo(f"{start:3d}  {data[start : start + 16].hex(' ')}")
+
+
+@admin_command("read", space_argument, offset_argument, click.argument("length", type=Number()))
+def admin_read(target: AdminTarget, space: Space, offset: int, length: int) -> None:
+    """Read LENGTH bytes at OFFSET of the common or the device configuration: one register, or a part of one."""
+    data = ask_target(target, lambda client: client.legacy_read(target.member, offset, length, space=space))
+    if target.as_json:
+        print_json({"member": target.member, "data": data.hex(), "value": int.from_bytes(data, "little")})
+    else:
+        click.echo(f"{data.hex()}  (0x{int.from_bytes(data, 'little'):x})")
+
+
+@admin_command("write", space_argument, offset_argument, click.argument("data", type=HexBytes()))
+def admin_write(target: AdminTarget, space: Space, offset: int, data: bytes) -> None:
+    """Write DATA at OFFSET of the common or the device configuration: one register, or a part of one."""
+    ask_target(target, lambda client: client.legacy_write(target.member, offset, data, space=space))
+    done(target, f"{len(data)} bytes written", written=len(data))
+
+
+@admin_command("stop")
+def admin_stop(target: AdminTarget) -> None:
+    """Stop the member: requests under way are finished, then nothing moves."""
+    ask_target(target, lambda client: client.member_stop(target.member))
+    done(target, "stopped", stopped=True)
+
+
+@admin_command("resume")
+def admin_resume(target: AdminTarget) -> None:
+    """Let a stopped member go on."""
+    ask_target(target, lambda client: client.member_resume(target.member))
+    done(target, "resumed", stopped=False)
+
+
+@admin_command("parts-get", click.argument("file", type=click.Path(path_type=Path), required=False))
+def admin_parts_get(target: AdminTarget, file: Path | None) -> None:
+    """Save the member's device parts to FILE, or show them."""
+    data, parts = ask_target(target, lambda client: client.parts_get(target.member))
+    if file is not None:
+        file.write_bytes(data)
+    if target.as_json:
+        print_json({"member": target.member, "file": file, "size": len(data), "parts": parts})
+    elif file is not None:
+        click.echo(f"member {target.member}: {len(parts)} device parts, {len(data)} bytes in {file}")
+    else:
+        stdout_console().print(parts_table(parts))
+
+
+def parts_table(parts: list[dict[str, Any]]) -> Table:
+    """Device parts, a row each."""
+    table = new_table("part", "index>", "value")
+    for part in parts:
+        value = part["value"]
+        match value:
+            case dict():
+                text = " ".join(f"{key}={f'0x{item:x}' if key in ADDRESSES else item}" for key, item in value.items())
+            case None:
+                text = part["data"]
+            case _:
+                text = f"0x{value:x}"
+        table.add_row(part["name"], index_text(part["index"]), text)
+    return table
+
+
+ADDRESSES: Final = ("desc", "driver", "device")
+
+
+@admin_command("parts-set", click.argument("file", type=click.Path(path_type=Path)))
+def admin_parts_set(target: AdminTarget, file: Path) -> None:
+    """Set the device parts saved in FILE on the member, which has to be stopped; `resume` makes them take effect."""
+    data = file.read_bytes()
+    ask_target(target, lambda client: client.parts_set(target.member, data))
+    done(target, f"{len(data)} bytes of device parts set", size=len(data))
+
+
+@admin_command("assign-features", click.argument("features", type=Number()))
+def admin_assign_features(target: AdminTarget, features: int) -> None:
+    """Choose the FEATURES (a 64-bit mask) that the member offers to its driver."""
+    answer = ask_target(target, lambda client: client.assign_features(target.member, features))
+    if target.as_json:
+        print_json({"member": target.member, **answer})
+    else:
+        possible = "" if answer["assignable"] is None else f" of 0x{answer['assignable']:x}"
+        click.echo(f"member {target.member}: features 0x{answer['features']:x}{possible}")
+
+
+@admin_command("notify-info")
+def admin_notify_info(target: AdminTarget) -> None:
+    """Show where queue notifications of the member may be written."""
+    regions = ask_target(target, lambda client: client.notify_info(target.member))
+    if target.as_json:
+        print_json({"member": target.member, "regions": regions})
+        return
+    table = new_table("device", "BAR>", "offset>")
+    for region in regions:
+        table.add_row(region["place"], str(region["bar"]), f"0x{region['offset']:x}")
+    stdout_console().print(table)
+
+
+@admin_command(
+    "raw",
+    click.argument("opcode", type=OpcodeName()),
+    click.argument("data", type=HexBytes(), default=b""),
+    click.option("--group-type", type=GroupTypeName(), help="self, sr-iov or a number  [default: by MEMBER]."),
+    click.option("--result-size", type=Number(), default="64", show_default=True, help="Room for the result, bytes."),
+    click.option("--queue", type=Number(), default="0", show_default=True, help="Administration queue."),
+)
+def admin_raw(
+    target: AdminTarget, opcode: int, data: bytes, group_type: int | None, result_size: int, queue: int
+) -> None:
+    """Send any command: OPCODE by name or number, DATA as command_specific_data. Exit status 1 unless it succeeds."""
+    chosen = (0 if target.member == OWNER else 1) if group_type is None else group_type
+    answer = ask_target(
+        target,
+        lambda client: client.owner_command(
+            opcode, group_type=chosen, member=target.member, data=data, result_size=result_size, queue=queue
+        ),
+    )
+    if target.as_json:
+        print_json(answer)
+    else:
+        status, qualifier = answer["status"], answer["qualifier"]
+        click.echo(f"{status['name']} ({status['value']}) / {qualifier['name']} ({qualifier['value']})")
+        if answer["result"]:
+            click.echo(answer["result"])
+    if answer["status"]["value"] != 0:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("member", type=TracedId(), metavar="MEMBER|owner|all")
+@group_options
+@click.option("--follow", is_flag=True, help="Go on with what happens, until the group ends or Ctrl-C.")
+@click.option("--limit", type=click.IntRange(0), default=1000, show_default=True, help="At most the last so many.")
+@json_option
+def trace(member: int, group_name: str | None, run_dir: Path | None, follow: bool, limit: int, as_json: bool) -> None:
+    """Show the register accesses of MEMBER, and the administration commands they became.
+
+    A line each: time, where it came from (the I/O BAR or an administration queue), the register, bytes, value, command,
+    its status, and how long it took. With --json an object; while following, one for each line.
+    """
+    who = None if member == ALL else member
+
+    async def ask(client: GroupClient) -> None:
+        await _trace(client, who, limit, follow=follow, as_json=as_json)
+
+    try:
+        ask_group(group_name, run_dir, ask)
+    except KeyboardInterrupt:
+        if not follow:
+            raise
+
+
+async def _trace(client: GroupClient, member: int | None, limit: int, *, follow: bool, as_json: bool) -> None:
+    from collections import deque
+
+    import trio
+
+    entries: deque[dict[str, Any]] = deque(maxlen=limit)
+    since = lost = 0
+    while True:
+        page = await client.query_trace(member, since=since, limit=TRACE_PAGE)
+        entries += page["entries"]
+        lost += page["lost"]
+        since = page["next"]
+        if not page["entries"]:
+            break
+    if as_json and not follow:
+        print_json({"next": since, "lost": lost, "entries": list(entries)})
+        return
+    if not as_json:
+        click.echo(TRACE_HEADER)
+    while True:
+        for entry in entries:
+            click.echo(json.dumps(entry) if as_json else trace_line(entry, with_member=member is None))
+        sys.stdout.flush()
+        if not follow:
+            return
+        await trio.sleep(TRACE_INTERVAL)
+        try:
+            page = await client.query_trace(member, since=since, limit=TRACE_PAGE)
+        except ClientError as error:
+            # the group's end is the end of what there is to follow; a refusal has a class
+            if error.error_class is not None:
+                raise
+            return
+        since, entries = page["next"], deque(page["entries"])
+        if page["lost"]:
+            click.echo(f"vhu-legacy: {page['lost']} accesses lost, they come too fast", err=True)
+
+
+TRACE_HEADER: Final = (
+    "time            origin  access register               bytes value      command                    status     us"
+)
+
+
+def trace_line(entry: dict[str, Any], *, with_member: bool = False) -> str:
+    """One register access."""
+    import time
+
+    from .admin import Qualifier, Status
+
+    whole = int(entry["at"])
+    clock = time.strftime("%H:%M:%S", time.localtime(whole)) + f".{int((entry['at'] - whole) * 1e6):06}"
+    value = "-" if entry["value"] is None else f"0x{entry['value']:0{max(1, entry['width']) * 2}x}"
+    status = Status(entry["status"]).name
+    if entry["qualifier"]:
+        status += f"/{Qualifier(entry['qualifier']).name}"
+    access = ("write" if entry["write"] else "read") if entry["register"] else "-"
+    line = (
+        f"{clock} {entry['origin']:<7} {access:<6} {entry['register'] or '-':<22} {entry['width']:>5} {value:<10} "
+        f"{entry['opcode-name']:<26} {status:<8} {entry['microseconds']:>5.1f}"
+    )
+    return f"{line}  member {entry['member']}" if with_member else line
+
+
+class MemberSocket(click.ParamType[tuple[int, Path]]):
+    """N=SOCKET: a member's number and its modern function's socket."""
+
+    name = "n=socket"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, Path]:
+        if isinstance(value, tuple):
+            return value
+        number, separator, path = str(value).partition("=")
+        if not separator or not path:
+            self.fail(f"{value!r} is not N=SOCKET", param, ctx)
+        return MemberId().convert(number, param, ctx), Path(path)
+
+
+@main.command()
+@click.option("--owner", required=True, type=click.Path(path_type=Path), help="vfio-user socket of the owner.")
+@click.option("--member", "members", multiple=True, type=MemberSocket(), help="A member's function (repeatable).")
+@click.option("--only", multiple=True, metavar="ID", help="Just these checks: ADM-01, ADM (repeatable).")
+@json_option
+def conformance(owner: Path, members: tuple[tuple[int, Path], ...], only: tuple[str, ...], as_json: bool) -> None:
+    """Check an owner of any make, served over vfio-user, against the specification's rules for administration commands.
+
+    What can be checked of members needs their functions, too. Exit status 1 when a MUST is broken.
+    """
+    from .conformance import main_run, render
+
+    async def check() -> Any:
+        import trio
+
+        # it drives the device by blocking calls, each with a time limit of its own
+        return await trio.to_thread.run_sync(lambda: main_run(owner, dict(members), only), abandon_on_cancel=True)
+
+    report = run_async(check)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        render(report, stdout_console())
+    if not report.ok:
+        raise click.exceptions.Exit(1)
 
 
 # --- QEMU and guests ----------------------------------------------------------------------------------------
 
 
 @main.command(name="qemu-args")
-@member_argument
+@device_argument
 @group_options
 @click.option("--legacy", "mode", flag_value="legacy", help="Legacy only: what an old guest needs.")
 @click.option("--transitional", "mode", flag_value="transitional", default="transitional", help="Both (default).")
@@ -649,25 +1241,55 @@ def qemu_args_command(
     group_name: str | None,
     run_dir: Path | None,
     mode: qemu_args.Mode,
-    via: str,
+    via: Via,
     version: str | None,
     memory: str,
     as_json: bool,
 ) -> None:
-    """Print a QEMU command line that boots from MEMBER of a running group, for pasting."""
-    if via == "vfio-user":
-        raise GroupError("members are not served over vfio-user by this version; use --via vhost-user")
-    info = ask_group(group_name, run_dir, lambda client: client.query_member(member))
-    if mode != "modern" and not info["legacy"]:
-        raise GroupError(f"member {member} is modern only (legacy = false in the group file); use --modern")
-    queues = info["queues"]
-    disk = qemu_args.DiskArgs(Path(info["vhost-user"]), len(queues), queues[0]["max-size"], f"member-{member}")
+    """Print a QEMU command line that boots from MEMBER of a running group, for pasting.
+
+    Over vfio-user the guest gets a whole PCI function of the member: the legacy, transitional or modern one. The owner
+    has one, too, with its administration virtqueues.
+    """
     chosen = qemu_args.parse_version(version) if version is not None else installed_version()
-    argv = qemu_args.command_line(disk, mode, chosen, memory=memory)
+    if member == OWNER:
+        owner = ask_group(group_name, run_dir, lambda client: client.query_owner())
+        if owner["function"] is None:
+            raise GroupError(
+                "the owner isn't served over vfio-user; its table in the group file needs vfio_user = true"
+            )
+        mode, via = "modern", "vfio-user"
+        argv = _vfio_line(owner["function"]["socket"], chosen, memory, "owner")
+    else:
+        info = ask_group(group_name, run_dir, lambda client: client.query_member(member))
+        if mode != "modern" and not info["legacy"]:
+            raise GroupError(f"member {member} is modern only (legacy = false in the group file); use --modern")
+        if via == "vfio-user":
+            argv = _vfio_line(_function_socket(info, mode), chosen, memory, f"member-{member}")
+        else:
+            queues = info["queues"]
+            disk = qemu_args.DiskArgs(Path(info["vhost-user"]), len(queues), queues[0]["max-size"], f"member-{member}")
+            argv = qemu_args.command_line(disk, mode, chosen, memory=memory)
     if as_json:
-        print_json({"argv": argv, "member": member, "mode": mode, "qemu": "{}.{}".format(*chosen)})
+        who = "owner" if member == OWNER else member
+        print_json({"argv": argv, "member": who, "mode": mode, "via": via, "qemu": "{}.{}".format(*chosen)})
     else:
         click.echo(qemu_args.shell_line(argv))
+
+
+def _function_socket(member: dict[str, Any], mode: qemu_args.Mode) -> str:
+    sockets: dict[str, str] = {function["function"]: function["socket"] for function in member["functions"]}
+    if mode not in sockets:
+        hint = "its table in the group file needs vfio_user = true, or use --via vhost-user"
+        raise GroupError(f"member {member['id']} isn't served over vfio-user; {hint}")
+    return sockets[mode]
+
+
+def _vfio_line(socket: str, version: tuple[int, int], memory: str, name: str) -> list[str]:
+    try:
+        return qemu_args.command_line_vfio(Path(socket), version, memory=memory, name=name)
+    except ValueError as error:
+        raise GroupError(str(error)) from None
 
 
 def installed_version() -> tuple[int, int]:
@@ -711,6 +1333,7 @@ def shell(group_name: str | None, run_dir: Path | None, args: tuple[str, ...], a
 @group_options
 @click.option("--kernel", default="6.12", show_default=True, help="Guest kernel series; see `images --list`.")
 @click.option("--mode", type=click.Choice(qemu_args.MODES), default="legacy", show_default=True)
+@click.option("--via", type=click.Choice(("vhost-user", "vfio-user")), default="vhost-user", show_default=True)
 @click.option("--qemu", "version", help="QEMU series  [default: the installed one].")
 @click.option("--task", default="verify", show_default=True, help="What the guest does: verify, reboot, rw-loop.")
 @click.option("--timeout", type=click.FloatRange(1, 3600), default=60.0, show_default=True, help="Seconds a step.")
@@ -721,6 +1344,7 @@ def boot(
     run_dir: Path | None,
     kernel: str,
     mode: qemu_args.Mode,
+    via: Via,
     version: str | None,
     task: str,
     timeout: float,
@@ -735,7 +1359,8 @@ def boot(
         raise GroupError(f"member {member} is modern only (legacy = false in the group file); use --mode modern")
     if info["state"] not in ("detached", "broken"):
         raise GroupError(f"member {member} is {info['state']}; a guest needs it for itself")
-    result, problems = run_async(_boot, info, kernel, mode, version, task, timeout, as_json)
+    socket = Path(info["vhost-user"] if via == "vhost-user" else _function_socket(info, mode))
+    result, problems = run_async(_boot, info, socket, kernel, mode, via, version, task, timeout, as_json)
     if as_json:
         print_json({"result": result, "problems": problems})
     else:
@@ -749,8 +1374,10 @@ def boot(
 
 async def _boot(
     info: dict[str, Any],
+    socket: Path,
     kernel: str,
     mode: qemu_args.Mode,
+    via: Via,
     version: str | None,
     task: str,
     timeout: float,
@@ -762,9 +1389,10 @@ async def _boot(
 
     await _ensure_images([kernel], [version] if version is not None else [], quiet=as_json, images=images)
     result = await guest.boot(
-        Path(info["vhost-user"]),
+        socket,
         kernel=kernel,
         mode=mode,
+        via=via,
         qemu=version,
         task=task,
         queues=len(info["queues"]),
@@ -822,6 +1450,13 @@ def images(only_list: bool, kernels: tuple[str, ...], qemus: tuple[str, ...], as
 @click.option("--kernel", "kernels", multiple=True, help="A guest kernel series (may be repeated; default all).")
 @click.option("--mode", "modes", multiple=True, type=click.Choice(qemu_args.MODES), help="Driver mode (default all).")
 @click.option("--qemu", "qemus", multiple=True, help="A QEMU series (may be repeated; default all).")
+@click.option(
+    "--via",
+    "vias",
+    multiple=True,
+    type=click.Choice(("vhost-user", "vfio-user")),
+    help="How a guest gets at its member (may be repeated; default both).",
+)
 @click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, help="Guests at a time.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write a JUnit XML report here.")
 @json_option
@@ -829,11 +1464,14 @@ def matrix(
     kernels: tuple[str, ...],
     modes: tuple[qemu_args.Mode, ...],
     qemus: tuple[str, ...],
+    vias: tuple[Via, ...],
     jobs: int,
     junit: Path | None,
     as_json: bool,
 ) -> None:
-    """Boot every kernel in every driver mode on every QEMU, one guest a cell."""
+    """Boot every kernel in every driver mode on every QEMU, one guest a cell; over vfio-user as PCI functions, and the
+    owner's with them.
+    """
     from . import images as module
     from . import matrix as matrix_module
 
@@ -845,6 +1483,7 @@ def matrix(
             jobs=jobs,
             junit=junit,
             console=stderr_console() if as_json else stdout_console(),
+            via=vias or matrix_module.VIAS,
         )
 
     result = run_async(run)

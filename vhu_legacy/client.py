@@ -7,11 +7,12 @@ The protocol is done by `qemu.qmp`, which is asyncio; `trio-asyncio` bridges to 
 
 from __future__ import annotations
 
+import base64
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import trio
 import trio_asyncio  # type: ignore[import-untyped]
@@ -163,9 +164,102 @@ class GroupClient:
         await self.execute("member-del", {"id": member_id, "force": force})
 
     async def member_modify(self, member_id: int, **values: object) -> bool:
-        """Change a member's image, size or read_only. Whether its driver was told."""
+        """Change a member's image, size or read_only, or provision it (legacy, serial, features).
+
+        Returns whether its driver was told.
+        """
         arguments = {"id": member_id} | {key.replace("_", "-"): value for key, value in values.items()}
         return bool((await self.execute("member-modify", arguments))["driver-told"])
+
+    # --- the owner ----------------------------------------------------------------------------------------
+
+    async def query_owner(self) -> dict[str, Any]:
+        """The owner: groups, lists, objects, queues, and its own device."""
+        answer: dict[str, Any] = await self.execute("query-owner")
+        return answer
+
+    async def owner_set_vfs(self, *, enable: bool | None = None, num_vfs: int | None = None) -> None:
+        """Set VF Enable and NumVFs."""
+        arguments = {"enable": enable, "num-vfs": num_vfs}
+        await self.execute("owner-set-vfs", {key: value for key, value in arguments.items() if value is not None})
+
+    async def owner_command(
+        self,
+        opcode: int,
+        *,
+        group_type: int = 1,
+        member: int = 0,
+        data: bytes = b"",
+        result_size: int = 0,
+        queue: int = 0,
+    ) -> dict[str, Any]:
+        """One administration command as it is; status, qualifier and result (hexadecimal), whatever they are."""
+        arguments: dict[str, object] = {
+            "opcode": opcode,
+            "group-type": group_type,
+            "member": member,
+            "data": data.hex(),
+            "result-size": result_size,
+            "queue": queue,
+        }
+        answer: dict[str, Any] = await self.execute("owner-command", arguments)
+        return answer
+
+    async def legacy_read(
+        self, member_id: int, offset: int, length: int, *, space: Literal["common", "device"] = "common"
+    ) -> bytes:
+        """A legacy register, or a part of one; or the device configuration, one field or a part of one."""
+        arguments: dict[str, object] = {"id": member_id, "space": space, "offset": offset, "length": length}
+        return bytes.fromhex((await self.execute("member-legacy-read", arguments))["data"])
+
+    async def legacy_write(
+        self, member_id: int, offset: int, data: bytes, *, space: Literal["common", "device"] = "common"
+    ) -> None:
+        """As a write of these bytes to I/O BAR0."""
+        arguments: dict[str, object] = {"id": member_id, "space": space, "offset": offset, "data": data.hex()}
+        await self.execute("member-legacy-write", arguments)
+
+    async def member_stop(self, member_id: int) -> None:
+        """Stop a member."""
+        await self.execute("member-stop", {"id": member_id})
+
+    async def member_resume(self, member_id: int) -> None:
+        """Let it go on."""
+        await self.execute("member-resume", {"id": member_id})
+
+    async def parts_get(self, member_id: int) -> tuple[bytes, list[dict[str, Any]]]:
+        """A member's device parts: as they are, and taken apart."""
+        answer = await self.execute("member-parts-get", {"id": member_id})
+        return base64.b64decode(answer["data"]), answer["parts"]
+
+    async def parts_set(self, member_id: int, parts: bytes) -> None:
+        """Set the parts of a stopped member."""
+        await self.execute("member-parts-set", {"id": member_id, "data": base64.b64encode(parts).decode()})
+
+    async def assign_features(self, member_id: int, features: int) -> dict[str, Any]:
+        """Choose the feature bits a member offers: `features` as they are now, and those that are `assignable`."""
+        answer: dict[str, Any] = await self.execute("member-assign-features", {"id": member_id, "features": features})
+        return answer
+
+    async def notify_info(self, member_id: int) -> list[dict[str, Any]]:
+        """Where queue notifications of a member may be written: `place`, `bar` and `offset` of each."""
+        answer: list[dict[str, Any]] = await self.execute("member-notify-info", {"id": member_id})
+        return answer
+
+    async def query_trace(self, member_id: int | None = None, *, since: int = 0, limit: int = 1000) -> dict[str, Any]:
+        """Register accesses from number `since` on: `entries`, `next` and `lost`."""
+        arguments: dict[str, object] = {"since": since, "limit": limit}
+        if member_id is not None:
+            arguments["id"] = member_id
+        answer: dict[str, Any] = await self.execute("query-trace", arguments)
+        return answer
+
+    async def trace_events(self, member_id: int | None = None, *, enable: bool) -> None:
+        """Have REGISTER_ACCESS events sent to all clients, or no more."""
+        arguments: dict[str, object] = {"enable": enable}
+        if member_id is not None:
+            arguments["id"] = member_id
+        await self.execute("trace-events", arguments)
 
     async def quit(self) -> None:
         """End the group."""

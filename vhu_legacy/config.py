@@ -23,18 +23,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from .errors import ConfigError, Problem
-from .rundir import SUN_PATH, default_run_dir, socket_name, too_long
+from .rundir import SUN_PATH, default_run_dir, function_socket_name, socket_name, too_long
 
 __all__ = [
     "MAX_MEMBERS",
     "MAX_MEMBER_ID",
     "MEMBER_TYPES",
     "CheckResult",
+    "CompatConfig",
     "GroupConfig",
     "MemberConfig",
     "OwnerConfig",
     "check",
     "image_identity",
+    "is_serial",
     "load",
     "parse_member",
     "parse_size",
@@ -55,6 +57,8 @@ BLK_SIZES: Final = (512, 1024, 2048, 4096)
 SERIAL_BYTES: Final = 20
 MAX_WORKERS: Final = 64
 MAX_ADMIN_QUEUES: Final = 64
+MAX_VECTORS: Final = 2048
+"""What the table size field of an MSI-X capability can say."""
 MAX_FILE: Final = 4 * 1024 * 1024
 MAX_IMAGE: Final = 1 << 62
 REPORTED_PER_TABLE: Final = 5
@@ -64,6 +68,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SIZE = re.compile(r"(\d{1,20}) ?(B|KiB|MiB|GiB|TiB|K|M|G|T)?")
 _UNITS: Final = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE_ALLOWED: Final = 'a size such as "64MiB", "1GiB" or a number of bytes'
+_SERIAL_ALLOWED: Final = f"up to {SERIAL_BYTES} printable ASCII characters"
 _IMAGE_ALLOWED: Final = 'a path relative to the group file, "ram:SIZE" or "null:SIZE"'
 
 
@@ -80,16 +85,63 @@ class MemberConfig:
     legacy: bool = True
     blk_size: int = SECTOR
     serial: str = ""
+    packed: bool = False
+    vectors: int | None = None
+    """MSI-X vectors of its PCI functions, 0 for none; None for one a queue and one more."""
+    vfio_user: bool = False
+    """Serve it as PCI functions, too: legacy and transitional if `legacy`, and modern."""
+
+    @property
+    def vector_count(self) -> int:
+        """MSI-X vectors, the default worked out."""
+        return self.queues + 1 if self.vectors is None else self.vectors
 
 
 @dataclass(frozen=True, slots=True)
 class OwnerConfig:
-    """The owner (the PF). Parsed and checked in this version, served by a later one."""
+    """The owner (the PF): a device of its own, and the administration virtqueues. `image` as a member's."""
 
     type: str
     image: str
     admin_queues: int = 1
     vfio_user: bool = False
+    """Serve it as a PCI function."""
+    read_only: bool = False
+    queues: int = 1
+    queue_size: int = 256
+    packed: bool = False
+    vectors: int | None = None
+    """MSI-X vectors of its PCI function, 0 for none; None for one a queue (administration, too) and one more."""
+    blk_size: int = SECTOR
+    serial: str = ""
+
+    @property
+    def vector_count(self) -> int:
+        """MSI-X vectors, the default worked out."""
+        return self.queues + self.admin_queues + 1 if self.vectors is None else self.vectors
+
+
+@dataclass(frozen=True, slots=True)
+class CompatConfig:
+    """Where Linux differs from the specification, or the specification from itself: one switch each (design D9)."""
+
+    lists_without_vfs: bool = True
+    """LIST_QUERY and LIST_USE of the SR-IOV group are answered while VF Enable is clear."""
+    capabilities_in_sr_iov_list: bool = True
+    """The capability commands stand in the SR-IOV group's list, too."""
+    self_group_preset: bool = True
+    """All commands of the self group can be sent without LIST_USE."""
+    pfn_zero_resets_device: bool = False
+    """A queue address of 0 resets the whole device, not just its queue."""
+
+    @classmethod
+    def default(cls, *, strict: bool) -> CompatConfig:
+        """The letter of the specification, or what works with Linux."""
+        return cls(not strict, not strict, not strict, False)
+
+    def as_dict(self) -> dict[str, bool]:
+        """By name."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +156,20 @@ class GroupConfig:
     workers: int | None = None
     owner: OwnerConfig | None = None
     members: tuple[MemberConfig, ...] = ()
+    notify_region: bool = True
+    """Members say where queue notifications can be written (LEGACY_NOTIFY_INFO)."""
+    compat: CompatConfig | None = None
+    """None for what `strict` says; see `switches`."""
+
+    @property
+    def admin_queues(self) -> int:
+        """Administration virtqueues of the owner."""
+        return 1 if self.owner is None else self.owner.admin_queues
+
+    @property
+    def switches(self) -> CompatConfig:
+        """The compatibility switches, the default worked out."""
+        return CompatConfig.default(strict=self.strict) if self.compat is None else self.compat
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +211,11 @@ def resolve_image(spec: str, base: Path, *, read_only: bool, blk_size: int = SEC
         raise ValueError(wrong.found if wrong.allowed is None else f"{wrong.found}; allowed: {wrong.allowed}") from None
 
 
+def is_serial(text: str) -> bool:
+    """Whether this can be a blk device's serial."""
+    return len(text) <= SERIAL_BYTES and text.isascii() and (text.isprintable() or not text)
+
+
 def image_identity(image: str) -> tuple[int, int] | None:
     """What makes two images the same one: device and inode (links and spellings don't matter). None for RAM
     and null.
@@ -183,7 +254,7 @@ def check(path: Path) -> CheckResult:
 
 
 def _table_order(problem: Problem) -> int:
-    tables = (None, "[group]", "[owner]")
+    tables = (None, "[group]", "[group.compat]", "[owner]")
     return tables.index(problem.table) if problem.table in tables else len(tables)
 
 
@@ -228,8 +299,21 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-_GROUP_KEYS: Final = ("name", "run_dir", "strict", "feature_management", "workers")
-_OWNER_KEYS: Final = ("type", "image", "admin_queues", "vfio_user")
+_GROUP_KEYS: Final = ("name", "run_dir", "strict", "feature_management", "notify_region", "workers", "compat")
+_COMPAT_KEYS: Final = tuple(CompatConfig.__slots__)
+_OWNER_KEYS: Final = (
+    "type",
+    "image",
+    "read_only",
+    "admin_queues",
+    "queues",
+    "queue_size",
+    "packed",
+    "vectors",
+    "blk_size",
+    "serial",
+    "vfio_user",
+)
 _MEMBER_KEYS: Final = (
     "count",
     "id",
@@ -239,8 +323,11 @@ _MEMBER_KEYS: Final = (
     "queues",
     "queue_size",
     "legacy",
+    "packed",
+    "vectors",
     "blk_size",
     "serial",
+    "vfio_user",
 )
 _TABLES: Final = ("group", "owner", "members")
 
@@ -418,11 +505,16 @@ class _Checker:
         directory = None if run_dir is None else base / run_dir
         strict = table.boolean("strict", False)
         management = table.boolean("feature_management", False)
+        notify_region = table.boolean("notify_region", True)
         workers = table.integer("workers", None, 1, MAX_WORKERS)
+        compat = self._compat(table, strict)
         if name is None:
             return None
         where = default_run_dir(name) if directory is None else directory
-        longest = where / socket_name(max(self._ids, default=1))
+        longest = max(
+            (where / text for text in _socket_names(owner, members, max(self._ids, default=1))),
+            key=lambda path: len(os.fsencode(path)),
+        )
         if too_long(longest):
             key = "name" if directory is None else "run_dir"
             table.problem(key, f"{longest} is too long for a Unix socket", f"paths of at most {SUN_PATH - 1} bytes")
@@ -436,7 +528,30 @@ class _Checker:
                     "member-add adds some over QMP",
                 )
             )
-        return GroupConfig(name, self.path, directory, strict, management, workers, owner, members)
+        return GroupConfig(
+            name,
+            self.path,
+            directory,
+            strict,
+            management,
+            workers,
+            owner,
+            members,
+            notify_region,
+            compat,
+        )
+
+    def _compat(self, group: _Table, strict: bool) -> CompatConfig:
+        """`strict` decides about what isn't said."""
+        default = CompatConfig.default(strict=strict)
+        values = group.values.get("compat")
+        if values is None:
+            return default
+        if not isinstance(values, dict):
+            group.problem("compat", f"found {_show(values)}", "a table [group.compat] of " + _or_list(_COMPAT_KEYS))
+            return default
+        table = _Table(self, "[group.compat]", values, _COMPAT_KEYS)
+        return CompatConfig(**{key: table.boolean(key, getattr(default, key)) for key in _COMPAT_KEYS})
 
     def _owner(self, values: object, base: Path) -> OwnerConfig | None:
         if values is None:
@@ -446,21 +561,57 @@ class _Checker:
             return None
         table = _Table(self, "[owner]", values, _OWNER_KEYS)
         kind = table.member_type()
-        admin_queues = table.integer("admin_queues", 1, 1, MAX_ADMIN_QUEUES)
+        admin_queues = table.integer("admin_queues", 1, 1, MAX_ADMIN_QUEUES) or 1
         vfio_user = table.boolean("vfio_user", False)
-        if vfio_user:
-            table.problem("vfio_user", "true", "false: this version doesn't serve the owner")
+        read_only = table.boolean("read_only", False)
+        queues = table.integer("queues", 1, 1, MAX_QUEUES) or 1
+        queue_size = table.one_of("queue_size", 256, QUEUE_SIZES)
+        packed = table.boolean("packed", False)
+        vectors = self._vectors(table, vfio_user)
+        if vectors == 0 and queues > 1:
+            table.warning(
+                "queues",
+                f"found {queues}: Linux 6.12 to 7.1 looks for the administration virtqueues in the wrong place when it "
+                "has no MSI-X and fewer CPUs than there are queues",
+                "1, or vectors",
+            )
+        blk_size = table.one_of("blk_size", SECTOR, BLK_SIZES)
+        serial = self._serial_text(table, table.string("serial", _SERIAL_ALLOWED) or "")
         image = table.string("image", _IMAGE_ALLOWED)
         if "image" not in values:
             table.missing("image", _IMAGE_ALLOWED)
         resolved = ""
         if image is not None:
             try:
-                resolved = _resolve_image(image, base, read_only=False)
-                self._claim(resolved, "the owner", table, read_only=False)
+                resolved = _resolve_image(image, base, read_only=read_only, blk_size=blk_size)
+                self._claim(resolved, "the owner", table, read_only=read_only)
             except _Wrong as wrong:
                 table.problem("image", wrong.found, wrong.allowed)
-        return OwnerConfig(kind or "", resolved, admin_queues or 1, vfio_user)
+        return OwnerConfig(
+            kind or "",
+            resolved,
+            admin_queues,
+            vfio_user,
+            read_only,
+            queues,
+            queue_size,
+            packed,
+            vectors,
+            blk_size,
+            serial,
+        )
+
+    def _vectors(self, table: _Table, vfio_user: bool) -> int | None:
+        vectors = table.integer("vectors", None, 0, MAX_VECTORS)
+        if vectors is not None and not vfio_user:
+            table.warning("vectors", f"found {vectors}: only PCI functions have vectors", "with vfio_user = true")
+        elif vectors == 0:
+            table.warning("vectors", "found 0: there is no MSI-X, interrupts go by INTx", f"1 to {MAX_VECTORS}")
+        elif vectors == 1:
+            table.warning(
+                "vectors", "found 1: drivers that want two at least, as Linux does, go by INTx", f"2 to {MAX_VECTORS}"
+            )
+        return vectors
 
     def _members(self, values: object, base: Path) -> Iterator[MemberConfig]:
         if values is None:
@@ -511,12 +662,28 @@ class _Checker:
                 f"{LEGACY_QUEUE_SIZE}",
                 f"up to {LEGACY_QUEUE_SIZE}, or legacy = false",
             )
+        packed = table.boolean("packed", False)
+        vfio_user = table.boolean("vfio_user", False)
+        vectors = self._vectors(table, vfio_user)
         blk_size = table.one_of("blk_size", SECTOR, BLK_SIZES)
-        serial = table.string("serial", f"up to {SERIAL_BYTES} printable ASCII characters") or ""
+        serial = table.string("serial", _SERIAL_ALLOWED) or ""
         image = table.string("image", _IMAGE_ALLOWED)
         if "image" not in table.values and kind is not None:
             table.missing("image", _IMAGE_ALLOWED)
-        template = MemberConfig(ids[0], kind or "", "", read_only, queues, queue_size, legacy, blk_size, serial="")
+        template = MemberConfig(
+            ids[0],
+            kind or "",
+            "",
+            read_only,
+            queues,
+            queue_size,
+            legacy,
+            blk_size,
+            "",
+            packed,
+            vectors,
+            vfio_user,
+        )
         failed = 0
         for member_id in ids:
             resolved = ""
@@ -537,14 +704,20 @@ class _Checker:
             )
 
     def _serial(self, table: _Table, pattern: str, member_id: int) -> str:
-        serial = pattern.replace("{n}", str(member_id))
-        if len(serial.encode("utf-8", "replace")) > SERIAL_BYTES or not (serial.isascii() and serial.isprintable()):
-            self._once(table, "serial", f"found {_show(serial)}", f"up to {SERIAL_BYTES} printable ASCII characters")
+        serial = self._serial_text(table, pattern.replace("{n}", str(member_id)))
+        if not serial:
             return ""
         other = self._serials.setdefault(serial, member_id)
         if other != member_id:
             hint = "a serial of its own for each member; {n} is the member number"
             self._once(table, "serial", f"{_show(serial)} is given to members {other} and {member_id}", hint)
+        return serial
+
+    def _serial_text(self, table: _Table, serial: str) -> str:
+        """The serial, if it is one."""
+        if not is_serial(serial):
+            self._once(table, "serial", f"found {_show(serial)}", _SERIAL_ALLOWED)
+            return ""
         return serial
 
     def _once(self, table: _Table, key: str, found: str, allowed: str) -> None:
@@ -561,6 +734,15 @@ class _Checker:
                 f"{image} is used by {other.owner} and {owner}",
                 "one writer for each image ({n} is the member number), or read_only = true for all",
             )
+
+
+def _socket_names(owner: OwnerConfig | None, members: Sequence[MemberConfig], last_id: int) -> Iterator[str]:
+    """The longest names of sockets that this group has, of each kind."""
+    yield socket_name(last_id)
+    if owner is not None and owner.vfio_user:
+        yield function_socket_name(0, "owner")
+    if any(member.vfio_user for member in members):
+        yield function_socket_name(max(member.id for member in members if member.vfio_user), "transitional")
 
 
 def _expand(image: str, member_id: int) -> str:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """A running group: its run directory, its members and their listeners, its events.
 
-Nesting, from the outside in: the run directory's lock; the native pool; the event hub's task; the members'
-tasks. Everything inside is gone before what is around it goes, also when the whole is cancelled: a member
+Nesting, from the outside in: the run directory's lock; the native pool; the event hub's task; the tasks of the owner
+and the members. Everything inside is gone before what is around it goes, also when the whole is cancelled: a member
 that lets go of its front end waits for rings to drain, which the hub has to report, so the hub is shielded
 until the last one is out.
+
+Sockets go first, then what is behind them: a PCI function's client is dropped and drained before its member is closed,
+and all members before the device group and the pool.
 
 An operation on a member (`member_add`, `member_del`, `member_modify`) runs in a task of the group. Whoever
 asked for it may be cancelled in the middle (a QMP client that hangs up); the operation itself still ends in a
@@ -21,7 +24,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -30,18 +33,24 @@ import outcome
 import trio
 
 from . import _native
+from .admin import AdminError
 from .backend import VhostUserServer
 from .config import (
     MAX_MEMBER_ID,
+    SERIAL_BYTES,
     GroupConfig,
     MemberConfig,
+    OwnerConfig,
     image_identity,
+    is_serial,
     parse_member,
     resolve_image,
 )
 from .doorbells import EventHub
 from .errors import ConfigError, GroupError, MemberError, Problem, single
-from .rundir import QMP_SOCKET, RunDir, default_run_dir, socket_name, too_long
+from .functions import MEMBER_FUNCTIONS, FunctionKind, FunctionServer, function_kinds
+from .owner import OwnerDriver, OwnerLink
+from .rundir import QMP_SOCKET, RunDir, default_run_dir, function_socket_name, socket_name, too_long
 
 __all__ = ["ENGINES", "Engine", "EventStream", "Group", "GroupEvent", "open_group"]
 
@@ -73,6 +82,17 @@ draining.
 """
 CLOSE_TIMEOUT: Final = 10.0
 LISTEN_TIMEOUT: Final = 5.0
+LISTEN_ERRORS: Final = (OSError, ValueError, _native.NativeError)
+OWNER: Final = 0
+"""The owner's number among the devices of a group; members begin at 1."""
+TRACE_INTERVAL: Final = 0.1
+"""Seconds between two events with register accesses, while there are any."""
+TRACE_BATCH: Final = 500
+"""Register accesses in one event."""
+NOBODY: Final = 0xFFFFFFFF
+"""A number that no member can have."""
+MAX_TRACE: Final = 4096
+"""Register accesses in one answer."""
 RESERVED_FDS: Final = 128
 """Descriptors for everything that isn't a member: the pool, the QMP clients, Python."""
 
@@ -81,8 +101,11 @@ RESERVED_FDS: Final = 128
 class GroupEvent:
     """Something happened to a member.
 
-    Kinds: "added", "deleted", "connected" {peer_pid}, "disconnected" {reason}, "status" {old, new},
-    "broken" {rule, reason, queue}, "config" {}.
+    Kinds: "added", "deleted", "connected" {peer_pid, function}, "disconnected" {reason, function}, "status" {old, new},
+    "broken" {rule, reason, queue}, "config" {}. `function` is there when it was one of the member's PCI functions.
+
+    Of the owner (member 0): "owner-connected", "owner-disconnected", "owner-status", "owner-broken", "owner-config",
+    with the same data. Of the group (member 0): "trace" {entries, lost}.
     """
 
     kind: str
@@ -134,21 +157,37 @@ class _Pace:
 
 
 @dataclass(eq=False, slots=True)
-class _Slot:
+class _Device:
+    """What owner and members have in common: a native device, its image, its PCI functions."""
+
+    member: _native.Member
+    identity: tuple[int, int] | None
+    """Of the image: two devices with the same one share the file, whatever they call it."""
+    functions: dict[FunctionKind, FunctionServer] = field(default_factory=dict, kw_only=True)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope, kw_only=True)
+    stopped: trio.Event = field(default_factory=trio.Event, kw_only=True)
+    peer_pid: int | None = field(default=None, kw_only=True)
+    peer_function: FunctionKind | None = field(default=None, kw_only=True)
+    """Which function that process is a client of; None for the vhost-user socket."""
+    broken_logged: float = field(default=-math.inf, kw_only=True)
+
+
+@dataclass(eq=False, slots=True)
+class _Owner(_Device):
+    """The owner's own device."""
+
+    config: OwnerConfig
+
+
+@dataclass(eq=False, slots=True)
+class _Slot(_Device):
     """One member and what serves it."""
 
     config: MemberConfig
-    member: _native.Member
     path: Path
     server: VhostUserServer | None
-    identity: tuple[int, int] | None
-    """Of the image: two members with the same one share the file, whatever they call it."""
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    stopped: trio.Event = field(default_factory=trio.Event)
-    lock: trio.Lock = field(default_factory=trio.Lock)
-    peer_pid: int | None = None
-    broken_logged: float = -math.inf
-    gone: bool = False
+    lock: trio.Lock = field(default_factory=trio.Lock, kw_only=True)
+    gone: bool = field(default=False, kw_only=True)
 
 
 class Group:
@@ -173,6 +212,21 @@ class Group:
         self._paces: dict[tuple[str, int], _Pace] = {}
         self._held: dict[tuple[str, int], dict[str, Any]] = {}
         self._held_some = trio.Event()
+        self._owner: _Owner | None = None
+        self._traced: set[int | None] = set()
+        self._traced_some = trio.Event()
+        try:
+            self._device = _native.DeviceGroup(
+                pool,
+                strict=config.strict,
+                feature_management=config.feature_management,
+                admin_queues=config.admin_queues,
+                notify_region=config.notify_region,
+                compat=config.switches.as_dict(),
+            )
+        except (_native.NativeError, ValueError, OSError) as error:
+            raise GroupError(f"the device group can't be made: {error}") from error
+        self._link = OwnerLink(self._device, hub, self._spawn)
         hub.subscribe(self._native_event)
 
     @property
@@ -191,6 +245,43 @@ class Group:
     def socket_path(self, member_id: int) -> Path:
         """A member's vhost-user socket. Raises MemberError when there is no such member."""
         return self._slot(member_id).path
+
+    def function_path(self, member_id: int, kind: FunctionKind) -> Path:
+        """The vfio-user socket of one of a member's PCI functions; of the owner's for member 0 and "owner".
+
+        Raises MemberError (GroupError for the owner) when there is no such function.
+        """
+        device: _Device | None = self._owner if member_id == OWNER else self._slot(member_id)
+        server = None if device is None else device.functions.get(kind)
+        if server is not None:
+            return server.path
+        if member_id == OWNER:
+            raise GroupError("the owner isn't served over vfio-user; its table needs vfio_user = true")
+        raise MemberError(member_id, f"there is no {kind} function; its table needs vfio_user = true")
+
+    def owner_driver(self, queue: int = 0) -> AbstractAsyncContextManager[OwnerDriver]:
+        """A driver on one of the owner's in-process administration virtqueues: `async with ... as owner`.
+
+        On entering, it puts all commands of both groups in use. Any number may be open at a time. Raises GroupError
+        for a queue that the owner doesn't have.
+        """
+        self._check_admin_queue(queue)
+        return self._link.driver(queue)
+
+    async def shared_owner(self, queue: int = 0) -> OwnerDriver:
+        """As `owner_driver`, but one that stays open: for commands that come one by one. Raises GroupError."""
+        self._check_admin_queue(queue)
+        return await self._link.shared(queue)
+
+    def _check_admin_queue(self, queue: int) -> None:
+        if not 0 <= queue < self.config.admin_queues:
+            allowed = f"0 to {self.config.admin_queues - 1}"
+            raise GroupError(f"administration queue {queue} isn't there; allowed: {allowed}")
+
+    def _spawn(self, task: Callable[[], Awaitable[None]]) -> None:
+        # without a nursery the group is ending, and with it whatever there is to clean up
+        if self._nursery is not None:
+            self._nursery.start_soon(task)
 
     def request_stop(self) -> None:
         """Ask for the end of the group (QMP `quit`). Returns at once."""
@@ -217,33 +308,48 @@ class Group:
             end()
 
     def _native_event(self, kind: str, member_id: int, data: dict[str, Any]) -> None:
-        slot = self._slots.get(member_id)
-        if slot is None or kind not in ("status", "broken", "config"):
+        device = self._device_of(member_id)
+        if device is None:
+            return
+        if kind in ("function-connected", "function-disconnected"):
+            self._connection_event(kind.removeprefix("function-"), member_id, data)
+            return
+        if kind not in ("status", "broken", "config"):
             return
         if kind == "broken":
-            self._log_broken(slot, data)
-        self._emit_paced(kind, member_id, data)
+            self._log_broken(device, member_id, data)
+            # DEVICE_NEEDS_RESET comes with a configuration interrupt
+            device.member.config_changed()
+        self._emit_paced(_kind_of(kind, member_id), member_id, data)
 
     def _connection_event(self, kind: str, member_id: int, data: dict[str, Any]) -> None:
-        slot = self._slots.get(member_id)
-        if slot is None:
+        device = self._device_of(member_id)
+        if device is None:
             return
+        function = data.get("function")
         if kind == "connected":
-            slot.peer_pid = data.get("peer_pid")
-        elif kind == "disconnected":
-            slot.peer_pid = None
-        told = self._emit_paced(kind, member_id, data)
-        if told and kind == "connected":
-            log.info("member %d: connected, pid %s", member_id, slot.peer_pid)
-        elif told and kind == "disconnected":
-            log.info("member %d: disconnected: %s", member_id, data.get("reason"))
+            device.peer_pid = data.get("peer_pid")
+            device.peer_function = function
+        elif device.peer_function == function:
+            # of vhost-user we hear at once, of functions a moment later: the next one may be there already
+            device.peer_pid = None
+        if not self._emit_paced(_kind_of(kind, member_id), member_id, data):
+            return
+        where = f" ({function})" if member_id != OWNER and function is not None else ""
+        if kind == "connected":
+            log.info("%s%s: connected, pid %s", _label(member_id), where, data.get("peer_pid"))
+        else:
+            log.info("%s%s: disconnected: %s", _label(member_id), where, data.get("reason"))
 
-    def _log_broken(self, slot: _Slot, data: Mapping[str, Any]) -> None:
+    def _device_of(self, member_id: int) -> _Device | None:
+        return self._owner if member_id == OWNER else self._slots.get(member_id)
+
+    def _log_broken(self, device: _Device, member_id: int, data: Mapping[str, Any]) -> None:
         # a guest can break its device as often as it likes: the log shall not be its to fill
         now = trio.current_time()
-        if now - slot.broken_logged >= 10.0:
-            slot.broken_logged = now
-            log.warning("member %d: broken: %s: %s", slot.config.id, data.get("rule"), data.get("reason"))
+        if now - device.broken_logged >= 10.0:
+            device.broken_logged = now
+            log.warning("%s: broken: %s: %s", _label(member_id), data.get("rule"), data.get("reason"))
 
     def _emit_paced(self, kind: str, member_id: int, data: Mapping[str, Any]) -> bool:
         """Emit an event that a guest or a front end can cause as often as it likes; False when it is held back.
@@ -286,7 +392,54 @@ class Group:
             try:
                 callback(event)
             except Exception:
-                log.exception("member %d: an event listener failed", member_id)
+                log.exception("%s: an event listener failed", _label(member_id))
+
+    # --- the register trace -------------------------------------------------------------------------------
+
+    def trace(self, member_id: int | None = None, *, since: int = 0, limit: int = 1000) -> dict[str, Any]:
+        """Register accesses and administration commands, oldest first, of one member or of all.
+
+        Returns `entries` from number `since` on, `limit` of them at most; `next`, to be given as `since` the next time;
+        and `lost`, how many of those asked for had been overwritten before. Raises MemberError, GroupError.
+        """
+        if member_id not in (None, OWNER):
+            self._slot(member_id)
+        if not 0 <= since < 1 << 64:
+            raise GroupError(f"since {since} is out of range; allowed: 0, or what the last answer had as next")
+        if not 1 <= limit <= MAX_TRACE:
+            raise GroupError(f"limit {limit} is out of range; allowed: 1 to {MAX_TRACE}")
+        following, lost, entries = self._device.trace(since, limit, member_id)
+        return {"next": following, "lost": lost, "entries": entries}
+
+    def trace_events(self, member_id: int | None = None, *, enable: bool) -> None:
+        """Have "trace" events emitted from now on, for one member or for all; or no more. Raises MemberError.
+
+        There are at most 10 events a second, each with up to 500 accesses. Enabling twice is as good as once. All are
+        what one member is part of: disabling a member changes nothing while all are enabled.
+        """
+        if enable:
+            if member_id not in (None, OWNER):
+                self._slot(member_id)
+            self._traced.add(member_id)
+            self._traced_some.set()
+        else:
+            self._traced.discard(member_id)
+
+    async def _tell_traces(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Emit the register accesses that somebody asked for, until cancelled."""
+        task_status.started()
+        while True:
+            await self._traced_some.wait()
+            # of a member that can't be there is nothing, so what is returned is the next number there will be
+            since = self._device.trace(0, 1, NOBODY)[0]
+            while self._traced:
+                await trio.sleep(TRACE_INTERVAL)
+                since, lost, entries = self._device.trace(since, TRACE_BATCH, None)
+                if None not in self._traced:
+                    entries = [entry for entry in entries if entry["member"] in self._traced]
+                if entries or lost:
+                    self._emit("trace", OWNER, {"entries": entries, "lost": lost})
+            self._traced_some = trio.Event()
 
     # --- what there is ------------------------------------------------------------------------------------
 
@@ -307,6 +460,34 @@ class Group:
             "started_at": self.started_at,
         }
 
+    def query_owner(self) -> dict[str, Any]:
+        """The owner: its groups and queues, and its own device if it has one. Plain values."""
+        info = self._device.info()
+        # what the PCI function's driver has negotiated is of no interest where there is none
+        driver = info.pop("function")
+        device = None
+        function = None
+        if self._owner is not None:
+            device = self._device_info(self._owner, OWNER)
+            function = next(({**server, **driver} for server in self._functions(self._owner)), None)
+        return {
+            **info,
+            "device": device,
+            "function": function,
+            "peer_pid": None if self._owner is None else self._owner.peer_pid,
+        }
+
+    def set_vfs(self, *, enable: bool | None = None, num_vfs: int | None = None) -> None:
+        """Set VF Enable and NumVFs of the owner, as if its SR-IOV capability were written.
+
+        The next member that is added or removed sets both again: NumVFs is the highest number of a member, VF Enable
+        says whether there are any. Raises GroupError for a number out of range.
+        """
+        total: int = self._device.info()["total_vfs"]
+        if num_vfs is not None and not 0 <= num_vfs <= total:
+            raise GroupError(f"NumVFs {num_vfs} is out of range; allowed: 0 to {total}")
+        self._device.set_vfs(enable=enable, num_vfs=num_vfs)
+
     def query_members(self) -> list[dict[str, Any]]:
         """One line for each member: what a table shows."""
         return [self._summary(self._slots[member_id]) for member_id in self.member_ids]
@@ -314,8 +495,7 @@ class Group:
     def query_member(self, member_id: int) -> dict[str, Any]:
         """Everything about one member. Raises MemberError when there is none."""
         slot = self._slot(member_id)
-        info = slot.member.info()
-        return {**info, **self._place(slot)}
+        return {**self._device_info(slot, member_id), **self._place(slot)}
 
     async def query_statistics(self) -> dict[str, Any]:
         """Counters of the group: pool, descriptors, events, and the sums of its members' requests."""
@@ -325,18 +505,39 @@ class Group:
             for name in REQUEST_COUNTERS:
                 totals[name] += requests[name]
         used = await trio.to_thread.run_sync(_open_fds)
+        group = self._device.info()
         return {
             "uptime": time.time() - self.started_at,
             "members": len(self._slots),
             "events": self._event_count,
             "fds": {"used": used, "limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0]},
             "requests": totals,
+            "admin": {"commands": group["commands"], "failed": group["failed"]},
             "pool": self._pool.statistics(),
         }
 
+    def _device_info(self, device: _Device, member_id: int) -> dict[str, Any]:
+        return {**device.member.info(), "admin_commands": self._device.member_commands(member_id)}
+
     def _place(self, slot: _Slot) -> dict[str, Any]:
         connection = None if slot.server is None else dataclasses.asdict(slot.server.statistics())
-        return {"vhost_user": str(slot.path), "peer_pid": slot.peer_pid, "connection": connection}
+        return {
+            "vhost_user": str(slot.path),
+            "peer_pid": slot.peer_pid,
+            "connection": connection,
+            "functions": self._functions(slot),
+        }
+
+    def _functions(self, device: _Device) -> list[dict[str, Any]]:
+        return [
+            {
+                "function": server.kind,
+                "socket": str(server.path),
+                **dataclasses.asdict(server.statistics()),
+                "pci": server.function.info(),
+            }
+            for server in device.functions.values()
+        ]
 
     def _summary(self, slot: _Slot) -> dict[str, Any]:
         info = slot.member.info()
@@ -355,7 +556,10 @@ class Group:
             "served": sum(queue["requests"] for queue in queues),
             "errors": sum(queue["errors"] for queue in queues),
             "image": info["image"],
+            "front": info["front"],
+            "stopped": info["stopped"],
             "vhost_user": str(slot.path),
+            "functions": [{"function": server.kind, "socket": str(server.path)} for server in slot.functions.values()],
             "peer_pid": slot.peer_pid,
         }
 
@@ -416,12 +620,21 @@ class Group:
         image: str | None = None,
         size: int | None = None,
         read_only: bool | None = None,
+        legacy: bool | None = None,
+        serial: str | None = None,
+        features: int | None = None,
     ) -> bool:
         """Swap a member's image, resize it, or change whether it can be written.
 
+        Or provision it before and between uses, which is refused while a front end is attached: whether a legacy driver
+        may drive it, its serial, and the feature bits it offers (a subset of what it can; by an administration command,
+        so the group needs `feature_management`).
+
         Returns whether an attached front end was told. Raises MemberError; nothing has changed then.
         """
-        return await self._finish(lambda: self._member_modify(member_id, image, size, read_only))
+        return await self._finish(
+            lambda: self._member_modify(member_id, image, size, read_only, legacy, serial, features)
+        )
 
     async def _finish(self, operation: Callable[[], Awaitable[T]]) -> T:
         """Run an operation in the group's own nursery and wait for it; our cancellation isn't its
@@ -456,8 +669,9 @@ class Group:
         if member_id in self._slots or member_id in self._reserved:
             raise MemberError(member_id, "there is already a member with this id")
         path = self.run_dir / socket_name(member_id)
-        if too_long(path):
-            raise MemberError(member_id, f"{path} is too long for a Unix socket; use a shorter run directory")
+        longest = self.run_dir / function_socket_name(member_id, "transitional") if config.vfio_user else path
+        if too_long(longest):
+            raise MemberError(member_id, f"{longest} is too long for a Unix socket; use a shorter run directory")
         self._check_limits(config)
         self._reserved.add(member_id)
         self._fds_promised += self._fds(config)
@@ -468,9 +682,11 @@ class Group:
                 slot = self._make_slot(config, member, path, identity)
                 # before its task starts, so that no event of a first connection is missed
                 self._slots[member_id] = slot
+                self._device.add(member)
                 await self._start(slot)
             except BaseException:
                 self._slots.pop(member_id, None)
+                self._leave_group(member_id)
                 await _in_thread_shielded(member.close)
                 raise
         except BaseException:
@@ -488,7 +704,11 @@ class Group:
         server = None
         if self.engine == "native":
             server = VhostUserServer(member, path, self._hub, self._connection_event)
-        return _Slot(config, member, path, server, identity)
+        return _Slot(member, identity, config, path, server)
+
+    def _leave_group(self, member_id: int) -> None:
+        with suppress(KeyError):
+            self._device.remove(member_id)
 
     async def _start(self, slot: _Slot) -> None:
         assert self._nursery is not None
@@ -496,10 +716,34 @@ class Group:
             await self._nursery.start(self._serve, slot)
         except Exception as raised:
             error = single(raised)
-            if not isinstance(error, (OSError, _native.NativeError)):
+            if not isinstance(error, LISTEN_ERRORS):
                 raise
+            path = slot.path if not isinstance(error, OSError) or error.filename is None else error.filename
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            raise MemberError(slot.config.id, f"can't listen on {slot.path}: {reason}") from error
+            raise MemberError(slot.config.id, f"can't listen on {path}: {reason}") from error
+
+    def _listen_functions(self, slot: _Slot) -> None:
+        """Have just those functions served that the member has. Raises OSError, NativeError."""
+        wanted = function_kinds(legacy=slot.config.legacy) if slot.config.vfio_user else ()
+        for kind in wanted:
+            if kind not in slot.functions:
+                slot.functions[kind] = self._function_server(slot.member, slot.config.id, kind)
+
+    def _function_server(self, member: _native.Member, member_id: int, kind: FunctionKind) -> FunctionServer:
+        make = {
+            "owner": _native.Function.owner,
+            "legacy": _native.Function.legacy,
+            "transitional": _native.Function.transitional,
+            "modern": _native.Function.modern,
+        }[kind]
+        path = self.run_dir / function_socket_name(member_id, kind)
+        return FunctionServer(self._pool, make(self._device, member), kind, path, self._hub)
+
+    async def _close_functions(self, device: _Device, *, keep: tuple[FunctionKind, ...] = ()) -> None:
+        """Close the functions' sockets, all at once: each may have to wait for requests in flight."""
+        async with trio.open_nursery() as nursery:
+            for kind in [kind for kind in device.functions if kind not in keep]:
+                nursery.start_soon(device.functions.pop(kind).aclose)
 
     def _open_member(self, config: MemberConfig) -> _native.Member:
         try:
@@ -513,9 +757,66 @@ class Group:
                 legacy=config.legacy,
                 blk_size=config.blk_size,
                 serial=config.serial,
+                packed=config.packed,
+                vectors=config.vector_count,
             )
         except (_native.NativeError, ValueError, OSError) as error:
             raise MemberError(config.id, str(error)) from error
+
+    # --- the owner ----------------------------------------------------------------------------------------
+
+    async def _open_owner(self, config: OwnerConfig) -> None:
+        """Make the owner's device, and serve it if it shall be. Raises GroupError; then there is no trace of it."""
+        path = self.run_dir / function_socket_name(OWNER, "owner")
+        if config.vfio_user and too_long(path):
+            raise GroupError(f"owner: {path} is too long for a Unix socket; use a shorter run directory")
+        # nobody can be in its way: it is the first
+        identity = await trio.to_thread.run_sync(image_identity, config.image)
+        try:
+            member = await trio.to_thread.run_sync(self._make_owner, config)
+        except (_native.NativeError, ValueError, OSError) as refused:
+            raise GroupError(f"owner: {refused}") from refused
+        owner = self._owner = _Owner(member, identity, config)
+        self._fds_promised += self._fds(config)
+        if not config.vfio_user:
+            owner.stopped.set()
+            return
+        assert self._nursery is not None
+        try:
+            await self._nursery.start(self._serve_owner, owner)
+        except Exception as raised:
+            error = single(raised)
+            if not isinstance(error, LISTEN_ERRORS):
+                raise
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise GroupError(f"owner: can't listen on {path}: {reason}") from error
+        log.info("owner: %s %s at %s", config.type, config.image, path)
+
+    def _make_owner(self, config: OwnerConfig) -> _native.Member:
+        return _native.Member.owner(
+            self._pool,
+            self._device,
+            config.image,
+            read_only=config.read_only,
+            queues=config.queues,
+            queue_size=config.queue_size,
+            blk_size=config.blk_size,
+            serial=config.serial,
+            packed=config.packed,
+            vectors=config.vector_count,
+        )
+
+    async def _serve_owner(self, owner: _Owner, *, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            with owner.scope:
+                owner.functions["owner"] = self._function_server(owner.member, OWNER, "owner")
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            await self._close_functions(owner)
+            owner.stopped.set()
+
+    # --- members again ------------------------------------------------------------------------------------
 
     async def _member_del(self, member_id: int, force: bool) -> None:
         slot = self._slot(member_id)
@@ -526,14 +827,21 @@ class Group:
                 who = "" if slot.peer_pid is None else f" (pid {slot.peer_pid})"
                 reason = f"attached to a front end{who}; unplug it there first, or use force to cut it off"
                 raise MemberError(member_id, reason)
-            if slot.server is not None and slot.member.attached and not slot.stopped.is_set():
-                with trio.move_on_after(DRAIN_TIMEOUT):
-                    await slot.server.disconnect("the member is being deleted")
+            if slot.member.attached and not slot.stopped.is_set():
+                reason = "the member is being deleted"
+                for function in slot.functions.values():
+                    function.disconnect(reason)
+                if slot.server is not None:
+                    with trio.move_on_after(DRAIN_TIMEOUT):
+                        await slot.server.disconnect(reason)
             slot.scope.cancel()
             await slot.stopped.wait()
+            # from here on commands to it are answered as to any member that isn't there
+            self._leave_group(member_id)
             await self._close_member(slot)
             slot.gone = True
             del self._slots[member_id]
+            self._traced.discard(member_id)
             for key in [key for key in self._paces if key[1] == member_id]:
                 del self._paces[key]
                 self._held.pop(key, None)
@@ -554,36 +862,92 @@ class Group:
         reason = f"still draining after {DRAIN_TIMEOUT:.0f} s; it takes no new front end: try member-del again"
         raise MemberError(slot.config.id, reason)
 
-    async def _member_modify(self, member_id: int, image: str | None, size: int | None, read_only: bool | None) -> bool:
+    async def _member_modify(
+        self,
+        member_id: int,
+        image: str | None,
+        size: int | None,
+        read_only: bool | None,
+        legacy: bool | None,
+        serial: str | None,
+        features: int | None,
+    ) -> bool:
         slot = self._slot(member_id)
-        if image is None and size is None and read_only is None:
-            raise MemberError(member_id, "nothing to change; allowed: image, size, read_only")
+        if all(change is None for change in (image, size, read_only, legacy, serial, features)):
+            allowed = "image, size, read_only, legacy, serial, features"
+            raise MemberError(member_id, f"nothing to change; allowed: {allowed}")
         async with slot.lock:
             if slot.gone:
                 raise MemberError(member_id, "there is no such member")
+            if any(change is not None for change in (legacy, serial, features)) and slot.member.attached:
+                what = "legacy, serial and features are set before or between uses"
+                raise MemberError(member_id, f"attached to a front end; {what}")
             wanted = slot.config
             if read_only is not None:
                 wanted = replace(wanted, read_only=read_only)
             if image is not None:
                 wanted = replace(wanted, image=await self._resolve(wanted, image))
+            if legacy is not None:
+                wanted = replace(wanted, legacy=legacy)
+            if serial is not None:
+                if not is_serial(serial):
+                    allowed = f"up to {SERIAL_BYTES} printable ASCII characters"
+                    raise MemberError(member_id, f"serial {serial!r} can't be served; allowed: {allowed}")
+                wanted = replace(wanted, serial=serial)
             identity = await self._check_image(wanted)
             if size is not None and (size <= 0 or size % wanted.blk_size):
                 allowed = f"a positive multiple of {wanted.blk_size} bytes"
                 raise MemberError(member_id, f"size {size} can't be served; allowed: {allowed}")
+            asked: dict[str, Any] = {
+                "image": None if image is None else wanted.image,
+                "size": size,
+                "read_only": read_only,
+                "legacy": legacy,
+                "serial": serial,
+            }
+            changes = {name: value for name, value in asked.items() if value is not None}
+            before = None if features is None else await self._assign_features(member_id, features)
             try:
-                tell = await trio.to_thread.run_sync(
-                    lambda: slot.member.modify(
-                        image=None if image is None else wanted.image, size=size, read_only=read_only
-                    )
-                )
+                tell = bool(changes) and await trio.to_thread.run_sync(lambda: slot.member.modify(**changes))
             except (_native.NativeError, ValueError, OSError) as error:
+                if before is not None:
+                    await self._assign_features(member_id, before)
                 raise MemberError(member_id, str(error)) from error
             slot.config = wanted
             slot.identity = identity
-            log.info("member %d: modified: image=%s size=%s read_only=%s", member_id, image, size, read_only)
+            if features is not None:
+                changes["features"] = f"0x{features:x}"
+            log.info("member %d: modified: %s", member_id, " ".join(f"{name}={changes[name]}" for name in changes))
+            if legacy is not None:
+                await self._change_functions(slot)
             # the native side reports what a driver changes; this change is ours
             self._emit("config", member_id, {})
-            return bool(tell and slot.server is not None and await slot.server.config_changed())
+            if not tell:
+                return False
+            told = slot.member.config_changed()
+            return bool(slot.server is not None and await slot.server.config_changed()) or told
+
+    async def _assign_features(self, member_id: int, features: int) -> int:
+        """Assign the bits that a member offers; returns those it offered before. Raises MemberError."""
+        try:
+            owner = await self.shared_owner()
+            before = await owner.assigned_features(member_id)
+            await owner.assign_features(member_id, features)
+            return before
+        except (AdminError, ValueError) as error:
+            text = str(error).removeprefix(f"member {member_id}: ")
+            raise MemberError(member_id, f"features 0x{features:x} can't be assigned: {text}") from error
+
+    async def _change_functions(self, slot: _Slot) -> None:
+        """After `legacy` has changed: serve those functions that the member has now."""
+        if slot.stopped.is_set():
+            return
+        keep = function_kinds(legacy=slot.config.legacy)
+        await self._close_functions(slot, keep=keep)
+        try:
+            self._listen_functions(slot)
+        except LISTEN_ERRORS as error:
+            raise MemberError(slot.config.id, f"modified, but can't listen: {error}") from error
 
     async def _resolve(self, config: MemberConfig, image: str) -> str:
         base = self.config.source.absolute().parent
@@ -601,6 +965,11 @@ class Group:
         Returns the image's identity.
         """
         identity = await trio.to_thread.run_sync(image_identity, config.image)
+        owner = self._owner
+        shared = owner is not None and identity is not None and owner.identity == identity
+        if shared and owner is not None and not (config.read_only and owner.config.read_only):
+            reason = f"image {config.image} is used by the owner"
+            raise MemberError(config.id, f"{reason}; allowed: one writer, or read-only for all")
         for other in self._slots.values():
             if identity is None or other.identity != identity or other.config.id == config.id or other.gone:
                 continue
@@ -617,12 +986,13 @@ class Group:
             reason = f"{count} members need up to {needed} file descriptors, the limit is {limit}"
             raise MemberError(config.id, f"{reason}; raise the hard limit of open files (ulimit -Hn)")
 
-    def _fds(self, config: MemberConfig) -> int:
-        """What a member can hold at most: listener, connection, back-end channel, image, and 3 for each
-        queue.
+    def _fds(self, config: MemberConfig | OwnerConfig) -> int:
+        """What a device can hold at most: listener, connection, back-end channel, image, and 3 for each queue. As PCI
+        functions a listener for each, and for one of them a connection and an eventfd for each interrupt.
         """
         fixed = 6 if self.engine == "native" else 12
-        return fixed + 3 * config.queues
+        functions = len(MEMBER_FUNCTIONS) + 1 + 3 + config.vector_count if config.vfio_user else 0
+        return fixed + 3 * config.queues + functions
 
     # --- tasks --------------------------------------------------------------------------------------------
 
@@ -642,6 +1012,7 @@ class Group:
 
         try:
             with slot.scope:
+                self._listen_functions(slot)
                 if slot.server is not None:
                     await slot.server.run(task_status=Started())
                 else:
@@ -653,6 +1024,8 @@ class Group:
             reason = f"{type(error).__name__}: {error}"
             self._emit("broken", member_id, {"rule": "backend.listener", "reason": reason, "queue": None})
         finally:
+            # a function's client is dropped, too, when the vhost-user listener has failed: the member is out of use
+            await self._close_functions(slot)
             slot.stopped.set()
 
     async def _serve_daemon(self, slot: _Slot, task_status: trio.TaskStatus[None]) -> None:
@@ -698,6 +1071,7 @@ class Group:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 await nursery.start(self._tell_held)
+                await nursery.start(self._tell_traces)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
@@ -706,11 +1080,16 @@ class Group:
             await _in_thread_shielded(self._close_members)
 
     def _close_members(self) -> None:
-        for slot in self._slots.values():
+        devices: list[tuple[int, _Device]] = [(slot.config.id, slot) for slot in self._slots.values()]
+        if self._owner is not None:
+            devices.append((OWNER, self._owner))
+        for member_id, device in devices:
+            self._leave_group(member_id)
             try:
-                slot.member.close()
+                device.member.close()
             except _native.NativeError as error:
-                log.warning("member %d: not closed cleanly: %s", slot.config.id, error)
+                log.warning("%s: not closed cleanly: %s", _label(member_id), error)
+        self._device.close()
 
 
 @asynccontextmanager
@@ -723,12 +1102,6 @@ async def open_group(
     cancellation front ends are disconnected, rings drained, images let go of and all sockets removed; this
     takes a bounded time. The run directory is removed if it was made here and is empty.
     """
-    if config.owner is not None:
-        if config.owner.vfio_user:
-            raise GroupError(
-                f"{config.source}: [owner] vfio_user = true: this version doesn't serve the owner; allowed: false"
-            )
-        log.warning("[owner] is read, but not served by this version")
     if engine not in ENGINES:
         raise GroupError(f"engine {engine!r} is unknown; allowed: {', '.join(ENGINES)}")
     directory = (run_dir or config.run_dir or default_run_dir(config.name)).absolute()
@@ -759,6 +1132,8 @@ async def _serve_group(config: GroupConfig, directory: Path, engine: Engine) -> 
                 group = Group(config, directory, engine, pool, hub)
                 async with trio.open_nursery() as inner:
                     await inner.start(group._run)
+                    if config.owner is not None:
+                        await group._open_owner(config.owner)
                     for member in config.members:
                         await group.member_add(member)
                     yield group
@@ -780,6 +1155,15 @@ async def _in_thread_shielded(function: Callable[[], None]) -> None:
         await trio.to_thread.run_sync(function, abandon_on_cancel=True)
     if scope.cancelled_caught:
         log.error("%s didn't end within %.0f s", getattr(function, "__qualname__", function), CLOSE_TIMEOUT)
+
+
+def _label(member_id: int) -> str:
+    return "owner" if member_id == OWNER else f"member {member_id}"
+
+
+def _kind_of(kind: str, member_id: int) -> str:
+    """The kind of an event, told apart for the owner."""
+    return f"owner-{kind}" if member_id == OWNER else kind
 
 
 def _without_place(problem: Problem) -> str:

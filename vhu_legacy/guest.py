@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""Real guests, and the group process that serves their disks: a stock kernel under a stock QEMU whose disks
-are vhost-user members.
+"""Real guests, and the group process that serves their disks: a stock kernel under a stock QEMU whose disks are members
+over vhost-user (:class:`Disk`) or whole PCI functions over vfio-user (:class:`Function`).
 
 `boot` runs one task in a fresh guest and returns what the guest saw. `open_vm` gives a running `Vm` to work
 with: commands to the guest, QMP to its QEMU, hot-plug and unplug.
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
@@ -41,6 +41,10 @@ from .errors import GuestError
 
 Mode: TypeAlias = Literal["legacy", "transitional", "modern"]
 MODES: Final[tuple[Mode, ...]] = ("legacy", "transitional", "modern")
+Kind: TypeAlias = Literal["owner", "legacy", "transitional", "modern"]
+KINDS: Final[tuple[Kind, ...]] = ("owner", "legacy", "transitional", "modern")
+"""The PCI functions a group serves over vfio-user."""
+Via: TypeAlias = Literal["vhost-user", "vfio-user"]
 TASKS: Final = ("verify", "reboot", "rw-loop")
 
 HOST_KIB: Final = 1024
@@ -74,10 +78,32 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class VmConfig:
-    """What to start. `qemu` None is the machine's own QEMU; `task` is one of images/init's."""
+class Function:
+    """One vfio-user-pci device: a whole PCI function, with a disk on it.
 
-    disks: tuple[Disk, ...] = ()
+    It sits on pcie.0 (on the PCI bus of machine pc), or with `port` behind a PCIe root port of its own.
+    """
+
+    socket: Path
+    id: str = "function0"
+    port: bool = False
+    boot_index: int | None = None
+
+
+Device: TypeAlias = Disk | Function
+
+
+@dataclass(frozen=True)
+class VmConfig:
+    """What to start. `qemu` None is the machine's own QEMU; `task` is one of images/init's.
+
+    `append` goes to the end of the kernel command line: ``pci=nomsi`` for INTx, ``virtio_pci.force_legacy=1`` for the
+    legacy driver on a transitional device. With `from_disk` QEMU isn't given the kernel: the firmware has to find it on
+    a disk (with a `boot_index`) that :func:`make_boot_image` has made. Without `shared_memory` a back end can't map the
+    guest's memory: vfio-user then goes through its socket, vhost-user can't do at all.
+    """
+
+    disks: tuple[Device, ...] = ()
     kernel: str = "6.12"
     qemu: str | None = None
     machine: Literal["q35", "pc"] = "q35"
@@ -89,6 +115,9 @@ class VmConfig:
     guest_kib: int = GUEST_KIB
     run: str = field(default_factory=lambda: secrets.token_hex(8))
     log_dir: Path | None = None
+    append: tuple[str, ...] = ()
+    from_disk: bool = False
+    shared_memory: bool = True
     extra: tuple[str, ...] = ()
 
 
@@ -96,8 +125,11 @@ class VmConfig:
 class GuestResult:
     """What one guest did and saw.
 
-    `driver_mode` is the guest driver's own view (VERSION_1 acknowledged or not). The sums are SHA-256 of the
-    areas as the guest read them; compare them with the image by :func:`area_sum`.
+    `driver_mode` is the guest driver's own view (VERSION_1 acknowledged or not), `interrupts` the kind it has for the
+    disk ("msix", "intx") with `vectors` of them (0 for INTx), and `interrupt_counts` how many had come by name when the
+    guest found the disk. `complaints` are the kernel's own lines of level error or worse and those of virtio that speak
+    of errors or admin commands, over all boots. The sums are SHA-256 of the areas as the guest read them; compare them
+    with the image by :func:`area_sum`.
     """
 
     kernel: str
@@ -120,10 +152,18 @@ class GuestResult:
     guest_offset: int
     guest_bytes: int
     console_log: Path
+    interrupts: str
+    vectors: int
+    interrupt_counts: dict[str, int]
+    complaints: tuple[str, ...]
 
 
-def device_arguments(disk: Disk, qemu: images.QemuCommand, bus: str | None = None) -> list[str]:
-    """QEMU's arguments for one disk, as that version wants them."""
+def device_arguments(disk: Device, qemu: images.QemuCommand, bus: str | None = None) -> list[str]:
+    """QEMU's arguments for one disk, as that version wants them. Raises :class:`GuestError` for a function on a QEMU
+    that has no vfio-user-pci.
+    """
+    if isinstance(disk, Function):
+        return ["-device", json.dumps(_function_properties(disk, qemu, bus))]
     chardev = f"socket,id=char-{disk.id},path={qemu_args.escape(disk.socket)}"
     if disk.reconnect:
         chardev += ",{}={}".format(*_reconnect(qemu))
@@ -137,27 +177,66 @@ def _reconnect(qemu: images.QemuCommand) -> tuple[str, int]:
     return ("reconnect-ms", 200) if qemu.series >= qemu_args.RECONNECT_MS_SINCE else ("reconnect", 1)
 
 
-def vm_arguments(config: VmConfig, qemu: images.QemuCommand, kernel: images.GuestKernel, log_dir: Path) -> list[str]:
-    """QEMU's whole command line but for the inherited control and QMP sockets."""
-    ports: list[str] = []
-    if config.machine == "q35":
-        for number in range(config.hotplug_ports):
-            # An I/O window of its own: a legacy device that comes later needs one.
-            port = f"pcie-root-port,id=port{number},chassis={number + 1},slot={number + 1},io-reserve=4k"
-            ports += ["-device", port]
-    append = " ".join(
+def _function_properties(function: Function, qemu: images.QemuCommand, bus: str | None) -> dict[str, object]:
+    try:
+        return qemu_args.function_properties(
+            function.socket, qemu.series, name=function.id, bus=bus, boot_index=function.boot_index
+        )
+    except ValueError as error:
+        raise GuestError(str(error)) from error
+
+
+def kernel_arguments(config: VmConfig) -> str:
+    """The guest's kernel command line."""
+    return " ".join(
         [
             "console=ttyS0 loglevel=5 panic=-1 no_timer_check tsc=unstable random.trust_cpu=on",
             f"vhu.port=ttyS1 vhu.task={config.task} vhu.disks={len(config.disks)} vhu.run={config.run}",
             f"vhu.host={config.host_kib} vhu.guest={config.guest_kib}",
+            *config.append,
         ]
     )
+
+
+def make_boot_image(path: Path, config: VmConfig, size: int) -> tuple[VmConfig, str]:
+    """A raw image of so many bytes that a guest boots from, as if `config` had given its kernel to QEMU.
+
+    Returns `config` for that guest (the host's area is what it boots from), and the SHA-256 of the host's area. Raises
+    :class:`GuestError` when the image is too small, :class:`ImagesError` when the kernel is missing. Call it from a
+    thread.
+    """
+    kernel = images.kernel(config.kernel)
+    # The guest reads its areas in blocks of 64 KiB.
+    host_kib = -(-len(images.boot_blocks(kernel, "")) // 65536) * 64
+    config = replace(config, from_disk=True, host_kib=host_kib)
+    blocks = images.boot_blocks(kernel, kernel_arguments(config)).ljust(host_kib * 1024, b"\0")
+    if size < len(blocks) + (config.guest_kib + 4) * 1024:
+        raise GuestError(f"{path}: {size} bytes are too few for a kernel of {len(blocks)} bytes and the guest's area")
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.write(blocks)
+    return config, hashlib.sha256(blocks).hexdigest()
+
+
+def vm_arguments(config: VmConfig, qemu: images.QemuCommand, kernel: images.GuestKernel, log_dir: Path) -> list[str]:
+    """QEMU's whole command line but for the inherited control and QMP sockets."""
+    ports: list[str] = []
+    behind = [disk for disk in config.disks if isinstance(disk, Function) and disk.port]
+    if config.machine == "q35":
+        names = [f"port{number}" for number in range(config.hotplug_ports)] + [f"port-{disk.id}" for disk in behind]
+        for number, name in enumerate(names, 1):
+            # An I/O window of its own: a legacy device that comes later needs one.
+            ports += ["-device", f"pcie-root-port,id={name},chassis={number},slot={number},io-reserve=4k"]
+    elif behind:
+        raise GuestError("machine pc has no PCIe root ports")
     argv = [*qemu.argv, "-nodefaults", "-no-user-config", "-display", "none"]
     argv += ["-machine", f"{config.machine},accel=tcg,memory-backend=ram"]
-    # vhost-user needs guest memory that can be handed over as an fd.
-    argv += ["-object", f"memory-backend-memfd,id=ram,size={config.memory_mib}M,share=on"]
+    # vhost-user needs guest memory that can be handed over as an fd; vfio-user would have to copy through its socket.
+    backend = "memory-backend-memfd,share=on" if config.shared_memory else "memory-backend-ram"
+    argv += ["-object", f"{backend},id=ram,size={config.memory_mib}M"]
     argv += ["-m", f"{config.memory_mib}M", "-smp", str(config.cpus)]
-    argv += ["-kernel", str(kernel.vmlinuz), "-initrd", str(kernel.initramfs), "-append", append]
+    if not config.from_disk:
+        argv += ["-kernel", str(kernel.vmlinuz), "-initrd", str(kernel.initramfs), "-append", kernel_arguments(config)]
     argv += [
         "-chardev",
         f"file,id=console,path={qemu_args.escape(log_dir / 'console.log')}",
@@ -170,7 +249,8 @@ def vm_arguments(config: VmConfig, qemu: images.QemuCommand, kernel: images.Gues
         argv += ["-no-reboot"]
     argv += ports
     for disk in config.disks:
-        argv += device_arguments(disk, qemu)
+        bus = f"port-{disk.id}" if isinstance(disk, Function) and disk.port else None
+        argv += device_arguments(disk, qemu, bus)
     return [*argv, *config.extra]
 
 
@@ -236,6 +316,7 @@ class Vm:
         self._exited = trio.Event()
         self._commands = 0
         self._plugged: dict[str, str] = {}
+        self._plugged_functions: set[str] = set()
 
     # -- start and stop
 
@@ -469,12 +550,24 @@ class Vm:
             await self.qmp("quit")
         return await self.wait_exit()
 
-    async def hot_plug(self, disk: Disk) -> None:
+    async def complaints(self) -> list[str]:
+        """The kernel's lines of level error or worse, and those of virtio that speak of errors or admin commands."""
+        lines = (await self.command("kernel"))["lines"]
+        assert isinstance(lines, list)
+        return lines
+
+    async def hot_plug(self, disk: Device) -> None:
         """Plug a disk into the running guest (which notices by itself; see the command ``wait``).
 
         On q35 a free root port is needed (`hotplug_ports`). A device that QEMU refuses leaves no chardev
         behind.
         """
+        if isinstance(disk, Function):
+            bus = self._free_bus()
+            await self.qmp("device_add", _function_properties(disk, self.qemu, bus))
+            self._plugged[disk.id] = bus
+            self._plugged_functions.add(disk.id)
+            return
         backend: dict[str, object] = {
             "type": "socket",
             "data": {"addr": {"type": "unix", "data": {"path": str(disk.socket)}}, "server": False},
@@ -515,6 +608,8 @@ class Vm:
     async def unplug(self, disk_id: str, timeout: float = 30) -> None:
         """Take a hot-plugged disk out again; returns when the guest has let go of it and the connection is
         closed.
+
+        QEMU 11.1 aborts when a vfio-user function with an MSI-X capability is unplugged: only one without can be.
         """
         assert self._client is not None
         with self._client.events("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR") as next_event:
@@ -531,6 +626,9 @@ class Vm:
                 reason = f"the guest did not give up {disk_id} within {timeout:.0f} s"
                 raise self._error(GuestWedgedError, reason)
         self._plugged.pop(disk_id, None)
+        if disk_id in self._plugged_functions:
+            self._plugged_functions.remove(disk_id)
+            return
         # The device lets go of its chardev only after the event, in QEMU's next idle moment.
         with trio.move_on_after(5):
             while True:
@@ -592,6 +690,9 @@ async def open_vm(config: VmConfig, on_message: Callable[[Message], None] | None
         if not await trio.Path(disk.socket).is_socket():
             # With reconnecting on, QEMU would wait for it for ever, deaf to everything else.
             raise GuestError(f"nobody listens on {disk.socket}")
+        if isinstance(disk, Function):
+            # Also here, before anything is started.
+            device_arguments(disk, qemu)
     failure: Exception | None = None
     async with trio_asyncio.open_loop(), trio.open_nursery() as nursery:
         vm = Vm(config, qemu, kernel, log_dir, on_message)
@@ -618,6 +719,10 @@ async def boot(
     task: str = "verify",
     queues: int = 1,
     machine: Literal["q35", "pc"] = "q35",
+    via: Via = "vhost-user",
+    port: bool = False,
+    cpus: int | None = None,
+    append: Sequence[str] = (),
     rounds: int = 3,
     host_kib: int = HOST_KIB,
     guest_kib: int = GUEST_KIB,
@@ -625,7 +730,12 @@ async def boot(
     log_dir: Path | None = None,
     on_message: Callable[[Message], None] | None = None,
 ) -> GuestResult:
-    """Boot a guest whose disk is the vhost-user device at `socket`, have it do `task`, and power it off.
+    """Boot a guest whose disk is the device at `socket`, have it do `task`, and power it off.
+
+    With `via` "vfio-user" the socket is a PCI function's, and `mode` says only what it is (which driver the guest takes
+    is the function's and the kernel's choice); `port` puts it behind a root port. `cpus` are those of the guest, by
+    default one for each of `queues`: Linux takes no more MSI-X vectors for its queues, an administration virtqueue
+    among them, than it has CPUs. `append` are further words for the kernel command line.
 
     `task` is ``verify``, ``reboot`` (verify, reboot in the same QEMU, verify again) or ``rw-loop`` (`rounds`
     times verify). `timeout` bounds each step: from start to the first check's end, and each further one.
@@ -637,21 +747,23 @@ async def boot(
         raise GuestError(f"unknown task {task!r}; allowed: {', '.join(TASKS)}")
     if mode not in MODES:
         raise GuestError(f"unknown mode {mode!r}; allowed: {', '.join(MODES)}")
+    disk_device = Function(socket, port=port) if via == "vfio-user" else Disk(socket, mode, queues=queues)
     config = VmConfig(
-        disks=(Disk(socket, mode, queues=queues),),
+        disks=(disk_device,),
         kernel=kernel,
         qemu=qemu,
         machine=machine,
         task=task,
-        cpus=min(queues, os.cpu_count() or 1),
+        cpus=min(queues, os.cpu_count() or 1) if cpus is None else cpus,
         host_kib=host_kib,
         guest_kib=guest_kib,
         log_dir=log_dir,
+        append=tuple(append),
     )
     async with open_vm(config, on_message) as vm:
         await vm.wait_event("boot", timeout)
         disk = await vm.wait_event("disk", timeout)
-        done_rounds = 1
+        done_rounds, complaints = 1, list[str]()
         match task:
             case "rw-loop":
                 for number in range(1, rounds + 1):
@@ -661,6 +773,7 @@ async def boot(
                 # The loop may have been amid a further round; its sum is the one on the disk now.
                 last = [m for m in vm.messages if m.get("event") == "round"][-1]
                 done_rounds = last["round"]
+                complaints = await vm.complaints()
                 await vm.command("poweroff", timeout)
             case "reboot":
                 await vm.wait_event("rebooting", timeout)
@@ -671,6 +784,8 @@ async def boot(
             case _:
                 last = await vm.wait_event("verified", timeout)
                 await vm.wait_event("done", timeout)
+        if task != "rw-loop":
+            complaints = [line for m in vm.messages if m.get("event") == "kernel" for line in m["lines"]]
         seconds = trio.current_time() - vm.started
         status = await vm.wait_exit(timeout)
         if status != 0:
@@ -698,6 +813,10 @@ async def boot(
             guest_offset=last["guest_offset"],
             guest_bytes=last["guest_bytes"],
             console_log=vm.console_log,
+            interrupts=disk["interrupts"],
+            vectors=disk["vectors"],
+            interrupt_counts=disk["interrupt_counts"],
+            complaints=tuple(complaints),
         )
 
 
@@ -741,6 +860,44 @@ def make_image(path: Path, size: int = 16 << 20, seed: int = 0) -> str:
     return write_host_area(path, seed=seed)
 
 
+ADMIN_COMMANDS: Final[dict[str, tuple[str, ...]]] = {
+    "5.10": (),
+    "6.1": (),
+    "6.12": ("LIST_QUERY", "LIST_USE"),
+    "7.2": ("LIST_QUERY", "LIST_USE", "CAP_ID_LIST_QUERY", "DEVICE_CAP_GET", "DRIVER_CAP_SET"),
+}
+"""The administration commands that each guest kernel sends to an owner, once for each time its driver starts."""
+
+
+def owner_problems(before: dict[str, Any], after: dict[str, Any], kernel: str, starts: int = 1) -> list[str]:
+    """What is wrong with the administration commands an owner got between two answers of ``query-owner``, if a guest of
+    this kernel has started its driver so many times meanwhile.
+    """
+    wanted = dict.fromkeys(ADMIN_COMMANDS[kernel], starts)
+    problems = []
+    if (commands := commands_between(before["commands"], after["commands"])) != wanted:
+        problems.append(f"the owner got the commands {commands} instead of {wanted}")
+    if failed := after["failed"] - before["failed"]:
+        problems.append(f"{failed} administration commands failed")
+    return problems
+
+
+def commands_between(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    """Which commands were counted between two answers, and how many of each."""
+    counts = {name: count - before.get(name, 0) for name, count in after.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def legacy_command_problems(commands: dict[str, int]) -> list[str]:
+    """What is missing among the commands (name and number) that a guest's use of a legacy function takes."""
+    wanted = (
+        "LEGACY_COMMON_CFG_WRITE",
+        "LEGACY_COMMON_CFG_READ",
+        "LEGACY_DEV_CFG_READ",
+    )
+    return [f"no {name} command" for name in wanted if not commands.get(name)]
+
+
 def check_image(image: Path, result: GuestResult, host_sum: str | None = None) -> Iterable[str]:
     """What in the image differs from what the guest reported (nothing when all is well)."""
     actual = area_sum(image, result.host_offset, result.host_bytes)
@@ -759,12 +916,29 @@ def check_image(image: Path, result: GuestResult, host_sum: str | None = None) -
 
 @dataclass(frozen=True)
 class MemberSpec:
-    """One member of a :class:`ServedGroup`."""
+    """One member of a :class:`ServedGroup`. `vfio_user` serves it as PCI functions, too; with `vectors` None the group
+    chooses the number of MSI-X vectors, 0 means INTx.
+    """
 
     image: Path
     legacy: bool = True
     read_only: bool = False
     queues: int = 1
+    vfio_user: bool = False
+    packed: bool = False
+    vectors: int | None = None
+
+
+@dataclass(frozen=True)
+class OwnerSpec:
+    """The owner of a :class:`ServedGroup`, with a disk of its own; served as a PCI function."""
+
+    image: Path
+    admin_queues: int = 1
+    queues: int = 1
+    packed: bool = False
+    vectors: int | None = None
+    read_only: bool = False
 
 
 class ServedGroup:
@@ -795,12 +969,25 @@ class ServedGroup:
                 return Path(entry["vhost_user"])
         raise GuestError(f"the group has no member {member}", self.log)
 
+    def function_socket(self, member: int, kind: Kind) -> Path:
+        """Where a PCI function listens for a vfio-user client: of a member, or the owner's (member 0)."""
+        name = "owner.vfio-user.sock" if kind == "owner" else f"member-{member}.{kind}.vfio-user.sock"
+        path = self.run_dir / name
+        if (kind == "owner") != (member == 0) or not path.is_socket():
+            what = "owner" if member == 0 else f"member {member}"
+            raise GuestError(f"the group serves no {kind} function of {what}: no {path}", self.log)
+        return path
+
+    def owner_socket(self) -> Path:
+        """Where the owner, the PF, listens for a vfio-user client."""
+        return self.function_socket(0, "owner")
+
     def _error(self, reason: str) -> GuestError:
         return GuestError("\n".join([reason, *_tail(self.log)]), self.log)
 
-    async def _start(self, members: Sequence[MemberSpec], name: str) -> None:
+    async def _start(self, members: Sequence[MemberSpec], name: str, owner: OwnerSpec | None) -> None:
         file = trio.Path(self.directory / "group.toml")
-        await file.write_text(_group_file(members, name))
+        await file.write_text(group_file(members, name, owner))
         argv = [
             sys.executable,
             "-m",
@@ -860,6 +1047,16 @@ class ServedGroup:
         assert isinstance(answer, dict)
         return answer
 
+    async def device(self, member: int) -> dict[str, Any]:
+        """``query-member``, or for member 0 the owner's own device."""
+        return await self.member(member) if member != 0 else (await self.owner())["device"]
+
+    async def owner(self) -> dict[str, Any]:
+        """``query-owner``."""
+        answer = await self.qmp("query-owner")
+        assert isinstance(answer, dict)
+        return answer
+
     async def stop(self) -> int:
         """End the process (SIGTERM, after 10 s SIGKILL); its exit status. May be called twice. Runs to its
         end when cancelled.
@@ -880,18 +1077,33 @@ class ServedGroup:
         return self.exit_status if self.exit_status is not None else -signal.SIGKILL
 
 
-def _group_file(members: Sequence[MemberSpec], name: str) -> str:
+def group_file(members: Sequence[MemberSpec], name: str, owner: OwnerSpec | None = None) -> str:
+    """The text of a group file."""
     text = f"[group]\nname = {json.dumps(name)}\n"
+    if owner is not None:
+        text += f'\n[owner]\ntype = "blk"\nimage = {json.dumps(str(owner.image))}\nvfio_user = true\n'
+        text += f"read_only = {json.dumps(owner.read_only)}\nqueues = {owner.queues}\n"
+        text += f"admin_queues = {owner.admin_queues}\npacked = {json.dumps(owner.packed)}\n"
+        text += "" if owner.vectors is None else f"vectors = {owner.vectors}\n"
     for member in members:
         text += f'\n[[members]]\ntype = "blk"\nimage = {json.dumps(str(member.image))}\n'
         text += f"legacy = {json.dumps(member.legacy)}\nread_only = {json.dumps(member.read_only)}\n"
         text += f"queues = {member.queues}\n"
+        # Only what was asked for, so a group file is as plain as its group.
+        text += "vfio_user = true\n" if member.vfio_user else ""
+        text += "packed = true\n" if member.packed else ""
+        text += "" if member.vectors is None else f"vectors = {member.vectors}\n"
     return text
 
 
 @contextlib.asynccontextmanager
 async def serve_group(
-    members: Sequence[MemberSpec], directory: Path, *, name: str = "guests", engine: str = "native"
+    members: Sequence[MemberSpec],
+    directory: Path,
+    *,
+    name: str = "guests",
+    engine: str = "native",
+    owner: OwnerSpec | None = None,
 ) -> AsyncIterator[ServedGroup]:
     """Serve these members from `directory` (group file, run directory and log go there) until the context is
     left.
@@ -903,7 +1115,7 @@ async def serve_group(
     async with trio_asyncio.open_loop():
         group = ServedGroup(directory, engine)
         try:
-            await group._start(members, name)
+            await group._start(members, name, owner)
             yield group
         except Exception as error:
             # Raised again below: crossing the loop's nursery could wrap it.

@@ -32,6 +32,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -1009,6 +1010,60 @@ def _compress(source: Path, target: Path) -> None:
         gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0) as packed,
     ):
         shutil.copyfileobj(plain, packed, 1 << 20)
+
+
+# --- a disk that a guest boots from ------------------------------------------------------------------------
+
+# images/boot.S, assembled, up to its table of areas.
+_BOOT_CODE = bytes.fromhex(
+    "fa31c08ed88ec08ed0bc007cfbfc8816c47cc706ce7c0010e86400c706ce7c0018e85b00c706ce7c0020bf987d8b4d04e337"
+    "8b05a3f27c8b4502a2f47c8826f77c51e83a00b487b90040bed87ccd1572468106f27c00808016f47c008016f77c0059e2dd"
+    "83c706ebc4fab800108ed88ec08ee08ee88ed0bc00e0ea00002010bec87cb4428a16c47ccd13720b8306d07c408316d27c00"
+    "c3beab7cac84c07409b40ebb0700cd10ebf2f4ebfd63616e6e6f74207265616420746865206b65726e656c0d0a00008d7400"
+    "1000400000000000400000000000000000000000000000000000000000000000ffff000002930000ffff00000093"
+)
+_BOOT_AREAS = 408
+_CHUNK = 32 * 1024
+_REAL_MODE_ADDRESS = 0x10000
+_COMMAND_LINE_OFFSET = 0xE000
+_KERNEL_ADDRESS = 0x100000
+_INITRAMFS_ADDRESS = 0x8000000
+
+
+def boot_blocks(guest_kernel: GuestKernel, command_line: str) -> bytes:
+    """The start of a disk that the firmware boots this guest from: boot sector, kernel, command line, initramfs.
+
+    The guest needs 256 MiB of memory. Raises :class:`ImagesError` for a kernel that isn't a bzImage of boot protocol
+    2.10 or later, and for a command line of more than 2047 bytes. Reads files: call it from a thread.
+    """
+    image = bytearray(guest_kernel.vmlinuz.read_bytes())
+    initramfs = guest_kernel.initramfs.read_bytes()
+    words = command_line.encode() + b"\0"
+    if image[0x202:0x206] != b"HdrS" or int.from_bytes(image[0x206:0x208], "little") < 0x20A:
+        raise ImagesError(f"{guest_kernel.vmlinuz} is no bzImage")
+    setup = ((image[0x1F1] or 4) + 1) * 512
+    if setup > _CHUNK or len(words) > 2048:
+        raise ImagesError("the kernel's real-mode part or its command line is too long for the boot sector")
+    # What a boot loader would fill in (linux, Documentation/arch/x86/boot.rst): its type (none that has a number), the
+    # heap's end, the initramfs, the command line.
+    image[0x210] = 0xFF
+    image[0x211] |= 0x80
+    struct.pack_into("<II", image, 0x218, _INITRAMFS_ADDRESS, len(initramfs))
+    struct.pack_into("<H", image, 0x224, _COMMAND_LINE_OFFSET - 0x200)
+    struct.pack_into("<I", image, 0x228, _REAL_MODE_ADDRESS + _COMMAND_LINE_OFFSET)
+    real_mode = bytearray(2 * _CHUNK)
+    real_mode[:setup] = image[:setup]
+    real_mode[_COMMAND_LINE_OFFSET : _COMMAND_LINE_OFFSET + len(words)] = words
+    areas = [(_KERNEL_ADDRESS, _padded(bytes(image[setup:]))), (_INITRAMFS_ADDRESS, _padded(initramfs))]
+    sector = bytearray(_BOOT_CODE.ljust(512, b"\0"))
+    for number, (address, data) in enumerate(areas):
+        struct.pack_into("<IH", sector, _BOOT_AREAS + 6 * number, address, len(data) // _CHUNK)
+    sector[510:512] = b"\x55\xaa"
+    return b"".join([bytes(sector).ljust(_CHUNK, b"\0"), bytes(real_mode), *(data for _, data in areas)])
+
+
+def _padded(data: bytes) -> bytes:
+    return data.ljust(-(-len(data) // _CHUNK) * _CHUNK, b"\0")
 
 
 # --- QEMU --------------------------------------------------------------------------------------------------

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""Every guest kernel with every driver mode on every QEMU, each cell a VM of its own on a member of its own.
+"""Every guest kernel with every driver mode on every QEMU, each cell a VM of its own on a member of its own: over
+vhost-user, and where the QEMU can do it over vfio-user, as a PCI function of the member's or as the group's owner.
 
-All members belong to one group, served by ``vhu-legacy serve`` in a process of its own, as users run it. A
-cell is right when what happened is what was expected: a check of the disk that passes (PASS), or a member
-that must refuse its driver and does (REJECT). Anything else is FAIL, or WEDGED when there was no progress
-within the bound.
+All members belong to one group, served by ``vhu-legacy serve`` in a process of its own, as users run it; a group has
+one owner, so each cell with the owner has a group of its own. A cell is right when what happened is what was expected:
+a check of the disk that passes (PASS), or a member that must refuse its driver and does (REJECT). Anything else is
+FAIL, or WEDGED when there was no progress within the bound. Over vfio-user a guest that checks its disk well still
+fails its cell when its kernel complains, takes other interrupts than it should, or when an administration command of
+it failed or is missing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,17 @@ from rich.live import Live
 from rich.progress import Progress
 from rich.table import Table
 
-from . import guest, images
+from . import guest, images, qemu_args
 from .errors import GuestError, ImagesError, VhuError
-from .guest import MODES, Mode
+from .guest import MODES, Kind, Mode, Via
 
 CELL_TIMEOUT = 60.0
 _IMAGE_BYTES = 16 << 20
 _POLL_SECONDS = 0.25
 _EXPECTED_DRIVER: dict[Mode, str] = {"legacy": "legacy", "transitional": "modern", "modern": "modern"}
+VIAS: tuple[Via, ...] = ("vhost-user", "vfio-user")
+RING_PACKED = 34
+FORCE_LEGACY = "virtio_pci.force_legacy=1"
 
 
 class Outcome(StrEnum):
@@ -46,12 +52,24 @@ class Outcome(StrEnum):
 class Cell:
     """One VM to run. A cell whose member has `legacy` false and whose device is legacy-only must be
     refused.
+
+    Over vfio-user `kind` is the function's, `vectors` its MSI-X vectors (0: INTx; None: as many as it wants) and
+    `force_legacy` has the guest take its legacy driver although it could do better.
     """
 
     kernel: str
     mode: Mode
     qemu: str
     legacy_member: bool = True
+    kind: Kind | None = None
+    vectors: int | None = None
+    packed: bool = False
+    force_legacy: bool = False
+
+    @property
+    def via(self) -> Via:
+        """How the guest's QEMU reaches the device."""
+        return "vhost-user" if self.kind is None else "vfio-user"
 
     @property
     def expected(self) -> Outcome:
@@ -59,9 +77,26 @@ class Cell:
         return Outcome.REJECT if self.mode == "legacy" and not self.legacy_member else Outcome.PASS
 
     @property
+    def driver(self) -> str:
+        """The driver that the guest should take."""
+        return "legacy" if self.force_legacy else _EXPECTED_DRIVER[self.mode]
+
+    @property
+    def cpus(self) -> int | None:
+        """CPUs of the guest; with one, Linux would have no vector for the administration virtqueue alone."""
+        return 2 if self.kind == "owner" and self.vectors is None else None
+
+    @property
     def row(self) -> str:
         """Label of the table row the cell is in."""
-        return self.mode if self.legacy_member else f"{self.mode} device, legacy = false"
+        if self.kind is None:
+            return self.mode if self.legacy_member else f"{self.mode} device, legacy = false"
+        words = ["owner"] if self.kind == "owner" else ["vfio", self.kind]
+        if self.vectors is not None:
+            words += [f"{self.vectors} vectors"] if self.vectors else ["INTx"]
+        words += ["packed"] if self.packed else []
+        words += ["legacy driver"] if self.force_legacy else []
+        return " ".join(words)
 
     @property
     def name(self) -> str:
@@ -106,7 +141,8 @@ class MatrixResult:
         """Plain data for ``--json``."""
         rows = []
         for result in self.cells:
-            row = {**asdict(result.cell), "expected": result.cell.expected.value, "outcome": result.outcome.value}
+            row = {**asdict(result.cell), "via": result.cell.via, "row": result.cell.row}
+            row |= {"expected": result.cell.expected.value, "outcome": result.outcome.value}
             row |= {"seconds": result.seconds, "boot_seconds": result.boot_seconds, "detail": result.detail}
             row |= {"release": result.release, "qemu_version": result.qemu_version}
             row["console_log"] = None if result.console_log is None else str(result.console_log)
@@ -114,15 +150,43 @@ class MatrixResult:
         return {"ok": self.ok, "seconds": self.seconds, "cells": rows}
 
 
-def plan(kernels: Iterable[str], modes: Iterable[Mode], qemus: Iterable[str]) -> list[Cell]:
-    """The cells of a matrix, and for each QEMU one that must be refused (if legacy is among the modes)."""
-    kernels, modes, qemus = list(kernels), list(modes), list(qemus)
-    cells = [Cell(kernel, mode, qemu) for qemu in qemus for kernel in kernels for mode in modes]
-    if "legacy" in modes:
-        for qemu in qemus:
-            kernel = "6.12" if "6.12" in kernels else kernels[-1]
-            cells.append(Cell(kernel, "legacy", qemu, legacy_member=False))
+def plan(kernels: Iterable[str], modes: Iterable[Mode], qemus: Iterable[str], vias: Iterable[Via] = VIAS) -> list[Cell]:
+    """The cells of a matrix.
+
+    For each QEMU one of them must be refused (if legacy is among the modes); those over vfio-user come with each QEMU
+    that has it. The owner counts as modern.
+    """
+    kernels, modes, qemus, vias = list(kernels), list(modes), list(qemus), list(vias)
+    cells: list[Cell] = []
+    if "vhost-user" in vias:
+        cells += [Cell(kernel, mode, qemu) for qemu in qemus for kernel in kernels for mode in modes]
+        if "legacy" in modes:
+            for qemu in qemus:
+                kernel = "6.12" if "6.12" in kernels else kernels[-1]
+                cells.append(Cell(kernel, "legacy", qemu, legacy_member=False))
+    if "vfio-user" in vias:
+        able = [qemu for qemu in qemus if qemu_args.parse_version(qemu) >= qemu_args.VFIO_USER_SINCE]
+        cells += [
+            replace(cell, kernel=kernel, qemu=qemu)
+            for qemu in able
+            for cell in _FUNCTION_ROWS
+            if cell.mode in modes
+            for kernel in kernels
+        ]
     return cells
+
+
+_FUNCTION_ROWS = (
+    Cell("", "legacy", "", kind="legacy"),
+    Cell("", "legacy", "", kind="legacy", vectors=0),
+    Cell("", "transitional", "", kind="transitional"),
+    Cell("", "transitional", "", kind="transitional", force_legacy=True),
+    Cell("", "modern", "", kind="modern"),
+    Cell("", "modern", "", kind="owner"),
+    Cell("", "modern", "", kind="owner", vectors=2),
+    Cell("", "modern", "", kind="owner", vectors=0),
+    Cell("", "modern", "", kind="owner", packed=True),
+)
 
 
 async def run_matrix(
@@ -135,39 +199,51 @@ async def run_matrix(
     console: Console,
     timeout: float = CELL_TIMEOUT,
     log_dir: Path | None = None,
+    via: Sequence[str] = VIAS,
 ) -> MatrixResult:
     """Run all cells, `jobs` at a time, with a live table on `console` (plain lines when it is no terminal).
 
-    Images that are missing are built first. `junit` gets the results as JUnit XML. Logs go below `log_dir`
-    (a directory of the cache if None). Raises :class:`ImagesError` or :class:`GuestError` when it cannot
+    `via` has the ways to a member that are wanted: vhost-user, vfio-user. Images that are missing are built first.
+    `junit` gets the results as JUnit XML. Logs go below `log_dir` (a directory of the cache if None). Raises
+    :class:`ImagesError` or :class:`GuestError` when it cannot
     start at all; a cell that goes wrong is a result. On cancellation all VMs and the group are ended.
     """
     wanted = [mode for mode in MODES if mode in modes]
     if unknown := set(modes).difference(MODES):
         raise GuestError(f"unknown mode {unknown.pop()!r}; allowed: {', '.join(MODES)}")
+    if unknown := set(via).difference(VIAS):
+        raise GuestError(f"unknown way {unknown.pop()!r}; allowed: {', '.join(VIAS)}")
+    cells = plan(kernels, wanted, qemus, [way for way in VIAS if way in via])
+    if not cells:
+        raise GuestError("nothing to run: vfio-user needs QEMU 10.1 or later")
     with Progress(console=console) as progress:
         await images.ensure(kernels, qemus, progress)
-    cells = plan(kernels, wanted, qemus)
     view = _View(console, cells)
     started = trio.current_time()
     results: dict[Cell, CellResult] = {}
     directory = await trio.to_thread.run_sync(_directory, log_dir)
     # Short, since socket paths have little room; images are big and not wanted afterwards.
     with tempfile.TemporaryDirectory(prefix="vhu-matrix-") as scratch:
-        members, sums = [], []
-        for number in range(1, len(cells) + 1):
+        disks: list[_CellDisk] = []
+        members: list[guest.MemberSpec] = []
+        for number, cell in enumerate(cells, 1):
             image = Path(scratch) / f"disk{number}.raw"
-            sums.append(await trio.to_thread.run_sync(guest.make_image, image, _IMAGE_BYTES, number))
-            members.append(guest.MemberSpec(image, legacy=cells[number - 1].legacy_member))
+            host_sum = await trio.to_thread.run_sync(guest.make_image, image, _IMAGE_BYTES, number)
+            if cell.kind != "owner":
+                members.append(_member_spec(cell, image))
+            disks.append(_CellDisk(len(members) if cell.kind != "owner" else 0, image, host_sum))
         async with guest.serve_group(members, Path(scratch), name="matrix") as group:
-            waiting = iter(enumerate(cells, 1))
+            waiting = iter(enumerate(cells))
 
             async def work() -> None:
                 for number, cell in waiting:
                     view.start(cell)
-                    image, host_sum = members[number - 1].image, sums[number - 1]
-                    logs = directory / f"cell-{number}"
-                    results[cell] = await _run_cell(group, number, cell, image, host_sum, timeout, logs)
+                    logs = directory / f"cell-{number + 1}"
+                    if cell.kind == "owner":
+                        place = Path(scratch) / f"o{number + 1}"
+                        results[cell] = await _run_owner_cell(place, disks[number], cell, timeout, logs)
+                    else:
+                        results[cell] = await _run_cell(group, disks[number], cell, timeout, logs)
                     view.finish(results[cell])
 
             with view:
@@ -199,30 +275,69 @@ def _keep_log(source: Path, target: Path) -> None:
         target.write_bytes(source.read_bytes())
 
 
-async def _run_cell(
-    group: guest.ServedGroup, member: int, cell: Cell, image: Path, host_sum: str, timeout: float, log_dir: Path
-) -> CellResult:
+@dataclass(frozen=True)
+class _CellDisk:
+    """What a cell's guest gets: a member (0: the owner), its image, and the SHA-256 of what the host wrote there."""
+
+    member: int
+    image: Path
+    host_sum: str
+
+
+def _member_spec(cell: Cell, image: Path) -> guest.MemberSpec:
+    return guest.MemberSpec(
+        image,
+        legacy=cell.legacy_member,
+        vfio_user=cell.kind is not None,
+        packed=cell.packed,
+        vectors=cell.vectors,
+    )
+
+
+async def _run_owner_cell(place: Path, disk: _CellDisk, cell: Cell, timeout: float, log_dir: Path) -> CellResult:
+    """A cell whose guest drives the owner: of a group of its own."""
+    started = trio.current_time()
+    owner = guest.OwnerSpec(disk.image, packed=cell.packed, vectors=cell.vectors)
+    try:
+        await trio.Path(place).mkdir()
+        async with guest.serve_group([], place, name="owner", owner=owner) as group:
+            result = await _run_cell(group, disk, cell, timeout, log_dir)
+        await trio.to_thread.run_sync(_keep_log, group.log, log_dir / "serve.log")
+    except VhuError as error:
+        return CellResult(cell, Outcome.FAIL, round(trio.current_time() - started, 1), str(error))
+    return result
+
+
+async def _run_cell(group: guest.ServedGroup, disk: _CellDisk, cell: Cell, timeout: float, log_dir: Path) -> CellResult:
     started = trio.current_time()
     outcome, detail = Outcome.FAIL, ""
     boot: guest.GuestResult | None = None
     broken: str | None = None
     try:
-        async with _broken_watch(group, member) as watch:
+        socket = group.socket(disk.member) if cell.kind is None else group.function_socket(disk.member, cell.kind)
+        before = await group.owner() if cell.kind == "owner" else {}
+        async with _broken_watch(group, disk.member) as watch:
             # The watch cancels this scope; the boot then ends QEMU and returns nothing.
             with watch.scope:
                 boot = await guest.boot(
-                    group.socket(member),
+                    socket,
                     kernel=cell.kernel,
                     mode=cell.mode,
                     qemu=cell.qemu,
+                    via=cell.via,
+                    cpus=cell.cpus,
+                    append=[FORCE_LEGACY] if cell.force_legacy else [],
                     timeout=timeout,
                     log_dir=log_dir,
                 )
         broken = watch.reason
         if boot is not None:
-            outcome, detail = await _judge(cell, image, host_sum, boot)
+            outcome, detail = await _judge(cell, disk, boot)
+            if outcome is Outcome.PASS and cell.kind is not None:
+                problems = [*_boot_problems(cell, boot), *await _admin_problems(group, disk, cell, before)]
+                outcome, detail = (Outcome.FAIL, "; ".join(problems)) if problems else (outcome, detail)
         elif broken is not None:
-            outcome, detail = await _judge_broken(group, member, cell, broken)
+            outcome, detail = await _judge_broken(group, disk.member, cell, broken)
     except guest.GuestWedgedError as error:
         outcome, detail = Outcome.WEDGED, error.reason
     except VhuError as error:
@@ -237,6 +352,32 @@ async def _run_cell(
         qemu_version=None if boot is None else boot.qemu,
         console_log=log_dir / "console.log",
     )
+
+
+def _boot_problems(cell: Cell, boot: guest.GuestResult) -> Iterator[str]:
+    """What a guest's kernel made of a PCI function, apart from the disk's content."""
+    yield from boot.complaints
+    interrupts = "intx" if cell.vectors == 0 else "msix"
+    if boot.interrupts != interrupts:
+        yield f"the guest uses {boot.interrupts} instead of {interrupts}"
+    vectors = cell.vectors
+    if vectors is None:
+        vectors = 3 if cell.kind == "owner" and guest.ADMIN_COMMANDS[cell.kernel] else 2
+    if boot.vectors != vectors:
+        yield f"the guest uses {boot.vectors} vectors instead of {vectors}"
+    packed = bool(boot.features >> RING_PACKED & 1)
+    if packed != cell.packed:
+        yield f"the guest's driver takes {'packed' if packed else 'split'} rings"
+
+
+async def _admin_problems(group: guest.ServedGroup, disk: _CellDisk, cell: Cell, before: dict[str, Any]) -> list[str]:
+    """What is wrong with the administration commands that a cell's boot took; `before` is the owner before it."""
+    if cell.kind == "owner":
+        return guest.owner_problems(before, await group.owner(), cell.kernel)
+    if cell.kind != "legacy":
+        return []
+    member = await group.member(disk.member)
+    return guest.legacy_command_problems(member["admin-commands"])
 
 
 @dataclass
@@ -255,7 +396,7 @@ async def _broken_watch(group: guest.ServedGroup, member: int) -> AsyncIterator[
     async def look() -> None:
         while True:
             try:
-                info = await group.member(member)
+                info = await group.device(member)
             except VhuError as error:
                 # The group doesn't answer: that is this cell's failure, not the matrix's end.
                 watch.reason = f"the group doesn't answer: {error}"
@@ -281,15 +422,15 @@ async def _broken_watch(group: guest.ServedGroup, member: int) -> AsyncIterator[
         raise error
 
 
-async def _judge(cell: Cell, image: Path, host_sum: str, boot: guest.GuestResult) -> tuple[Outcome, str]:
+async def _judge(cell: Cell, disk: _CellDisk, boot: guest.GuestResult) -> tuple[Outcome, str]:
     """A guest that went through to the end: was that right, and is the image what it says?"""
     if cell.expected is Outcome.REJECT:
         return Outcome.FAIL, "the member took a driver that it had to refuse"
-    if boot.driver_mode != _EXPECTED_DRIVER[cell.mode]:
+    if boot.driver_mode != cell.driver:
         return Outcome.FAIL, f"the guest used its {boot.driver_mode} driver"
 
     def differences() -> list[str]:
-        return list(guest.check_image(image, boot, host_sum))
+        return list(guest.check_image(disk.image, boot, disk.host_sum))
 
     found = await trio.to_thread.run_sync(differences)
     return (Outcome.FAIL, "; ".join(found)) if found else (Outcome.PASS, "")
@@ -301,7 +442,7 @@ async def _judge_broken(group: guest.ServedGroup, member: int, cell: Cell, reaso
     """
     if cell.expected is not Outcome.REJECT:
         return Outcome.FAIL, f"member {member} stopped the guest: {reason}"
-    requests = (await group.member(member))["requests"]
+    requests = (await group.device(member))["requests"]
     if requests["in"] or requests["out"]:
         return Outcome.FAIL, f"refused, but only after {requests['in']} reads and {requests['out']} writes"
     return Outcome.REJECT, reason

@@ -29,6 +29,7 @@ __all__ = [
     "RunningGroup",
     "bind_unix",
     "default_run_dir",
+    "function_socket_name",
     "is_stale_socket",
     "pid_of_lock",
     "run_base",
@@ -44,7 +45,9 @@ QMP_SOCKET: Final = "qmp.sock"
 LOCK_FILE: Final = "group.lock"
 SUN_PATH: Final = 108
 """`sizeof(sockaddr_un.sun_path)`, with the closing NUL."""
-_OWN_SOCKETS = re.compile(r"qmp\.sock|member-\d+\.vhost-user\.sock")
+_OWN_SOCKETS = re.compile(
+    r"qmp\.sock|owner\.vfio-user\.sock|member-\d+\.(vhost-user|(legacy|transitional|modern)\.vfio-user)\.sock"
+)
 
 
 def run_base() -> Path:
@@ -65,6 +68,14 @@ def default_run_dir(name: str) -> Path:
 def socket_name(member_id: int) -> str:
     """The name of a member's vhost-user socket within the run directory."""
     return f"member-{member_id}.vhost-user.sock"
+
+
+def function_socket_name(member_id: int, kind: str) -> str:
+    """The name of a PCI function's vfio-user socket within the run directory. Member 0 is the owner.
+
+    `kind`: "owner", or a member's "legacy", "transitional" or "modern".
+    """
+    return f"{kind}.vfio-user.sock" if member_id == 0 else f"member-{member_id}.{kind}.vfio-user.sock"
 
 
 def too_long(path: Path) -> bool:

@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use vhu_core::device::blk::{Blk, BlkOptions};
 use vhu_core::device::image::{Image, SECTOR};
+use vhu_core::error::Error;
 use vhu_core::member::{self, AdminQueues, MemberOptions};
 
 use crate::convert;
@@ -143,7 +144,7 @@ impl Member {
         config.set_item("seg_max", options.queue_size - 2)?;
         config.set_item("writeback", self.blk.writeback())?;
         config.set_item("read_only", self.blk.read_only())?;
-        config.set_item("serial", &options.serial)?;
+        config.set_item("serial", self.blk.serial().as_str())?;
         dict.set_item("config", config)?;
         let entry = PyDict::new(py);
         entry.set_item("spec", &image.spec)?;
@@ -154,16 +155,32 @@ impl Member {
         Ok(dict)
     }
 
-    #[pyo3(signature = (*, image=None, size=None, read_only=None))]
+    #[pyo3(signature = (*, image=None, size=None, read_only=None, legacy=None, serial=None))]
     fn modify(
         &self,
         py: Python<'_>,
         image: Option<&str>,
         size: Option<u64>,
         read_only: Option<bool>,
+        legacy: Option<bool>,
+        serial: Option<&str>,
     ) -> PyResult<bool> {
-        py.detach(|| self.blk.modify(image, size, read_only))
-            .map_err(|e| to_py(py, &e))
+        py.detach(|| {
+            if serial.is_some() && self.inner.attached() {
+                return Err(Error::Busy(self.inner.id(), "a front end is attached"));
+            }
+            if let Some(legacy) = legacy {
+                self.inner.set_legacy(legacy)?;
+            }
+            if let Some(serial) = serial {
+                self.blk.set_serial(serial)?;
+            }
+            if image.is_none() && size.is_none() && read_only.is_none() {
+                return Ok(false);
+            }
+            self.blk.modify(image, size, read_only)
+        })
+        .map_err(|e| to_py(py, &e))
     }
 
     fn config_changed(&self) -> bool {

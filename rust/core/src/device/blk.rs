@@ -168,11 +168,20 @@ pub struct BlkOptions {
     pub serial: String,
 }
 
+fn check_serial(serial: &str) -> Result<()> {
+    if serial.len() > ID_BYTES {
+        return Err(Error::Invalid(format!(
+            "serial {serial:?} is longer than {ID_BYTES} bytes"
+        )));
+    }
+    Ok(())
+}
+
 /// A virtio block device on an [`Image`].
 pub struct Blk {
     image: ArcSwap<Image>,
     options: BlkOptions,
-    serial: [u8; ID_BYTES],
+    serial: ArcSwap<String>,
     /// The writeback field of the configuration; meaningful with CONFIG_WCE negotiated.
     writeback: AtomicU8,
     /// Enforced at once when an operator asks for it; offered as RO from the next negotiation on.
@@ -201,11 +210,8 @@ impl Blk {
                 options.blk_size
             ));
         }
-        if options.serial.len() > ID_BYTES {
-            return invalid(format!("serial {:?} is longer than {ID_BYTES} bytes", options.serial));
-        }
-        let mut serial = [0; ID_BYTES];
-        serial[..options.serial.len()].copy_from_slice(options.serial.as_bytes());
+        check_serial(&options.serial)?;
+        let serial = ArcSwap::from_pointee(options.serial.clone());
         let read_only = AtomicBool::new(image.read_only);
         let this = Self {
             image: ArcSwap::from_pointee(image),
@@ -240,6 +246,21 @@ impl Blk {
     /// The image now in use.
     pub fn image(&self) -> Arc<Image> {
         self.image.load_full()
+    }
+
+    /// The serial number.
+    pub fn serial(&self) -> Arc<String> {
+        self.serial.load_full()
+    }
+
+    /// Changes the serial number.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when it is too long.
+    pub fn set_serial(&self, serial: &str) -> Result<()> {
+        check_serial(serial)?;
+        self.serial.store(Arc::new(serial.to_owned()));
+        Ok(())
     }
 
     /// Whether writes are refused.
@@ -522,7 +543,10 @@ impl Blk {
             return self.finish(scratch, context, S_IOERR);
         }
         // A longer buffer is left as it is beyond the 20 bytes.
-        scratch.written = request.chain.writable.write(&self.serial) as u32;
+        let mut id = [0; ID_BYTES];
+        let serial = self.serial.load();
+        id[..serial.len()].copy_from_slice(serial.as_bytes());
+        scratch.written = request.chain.writable.write(&id) as u32;
         self.finish(scratch, context, S_OK)
     }
 

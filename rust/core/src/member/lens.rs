@@ -356,7 +356,7 @@ impl Member {
     pub fn manageable_features(&self) -> u64 {
         let ring = feature::INDIRECT_DESC | feature::EVENT_IDX | feature::VERSION_1 | feature::RING_RESET;
         let packed = if self.packed { feature::RING_PACKED } else { 0 };
-        let legacy = if self.legacy { LEGACY_ONLY } else { 0 };
+        let legacy = if self.legacy() { LEGACY_ONLY } else { 0 };
         self.device.known_features() | ring | packed | legacy
     }
 
@@ -606,7 +606,7 @@ impl Member {
     // --- the legacy view ----------------------------------------------------------------------------------
 
     fn legacy_access(&self, registers: &Registers, write: bool) -> std::result::Result<(), Refused> {
-        if !self.legacy {
+        if !self.legacy() {
             return Err(Refused::NotLegacy);
         }
         if write && registers.front == Some(Front::VhostUser) {

@@ -14,7 +14,7 @@ pub mod lens;
 pub mod parts;
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::device::Device;
@@ -264,7 +264,7 @@ pub struct Member {
     pool: Arc<Pool>,
     owner: Arc<Owner>,
     device: Arc<dyn Device>,
-    legacy: bool,
+    legacy: AtomicBool,
     packed: bool,
     vectors: u16,
     admin: Option<AdminQueues>,
@@ -374,7 +374,7 @@ impl Member {
             pool,
             owner,
             device,
-            legacy: options.legacy,
+            legacy: AtomicBool::new(options.legacy),
             packed: options.packed,
             vectors: options.vectors,
             admin: options.admin,
@@ -437,7 +437,20 @@ impl Member {
 
     /// Whether legacy drivers are welcome.
     pub fn legacy(&self) -> bool {
-        self.legacy
+        self.legacy.load(Ordering::Relaxed)
+    }
+
+    /// Whether legacy drivers are to be welcome from now on.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] while a front end is attached.
+    pub fn set_legacy(&self, legacy: bool) -> Result<()> {
+        let registers = self.lock();
+        if registers.attached || registers.draining {
+            return Err(Error::Busy(self.id(), "a front end is attached"));
+        }
+        self.legacy.store(legacy, Ordering::Relaxed);
+        Ok(())
     }
 
     /// The pool.
@@ -466,7 +479,7 @@ impl Member {
     fn transport_features(&self) -> u64 {
         let modern = feature::INDIRECT_DESC | feature::EVENT_IDX | feature::VERSION_1;
         let legacy = feature::NOTIFY_ON_EMPTY | feature::ANY_LAYOUT;
-        modern | if self.legacy { legacy } else { 0 }
+        modern | if self.legacy() { legacy } else { 0 }
     }
 
     /// Takes the member for one front end.
@@ -595,7 +608,7 @@ impl Member {
                 format!("features {features:#x} accepted, of {offered:#x} offered"),
             ));
         }
-        if features & feature::VERSION_1 == 0 && !self.legacy {
+        if features & feature::VERSION_1 == 0 && !self.legacy() {
             return Err(Fault::new(
                 "features.legacy-refused",
                 "a legacy driver (no VERSION_1) on a member with legacy = false",

@@ -140,7 +140,7 @@ impl Member {
     /// All parts, in the order in which they have to be set.
     pub fn parts(&self) -> Vec<Part> {
         let mut registers = self.lock();
-        let offered = if self.legacy {
+        let offered = if self.legacy() {
             self.function_features(&registers) | self.legacy_features(&registers)
         } else {
             self.function_features(&registers)
@@ -220,7 +220,7 @@ impl Member {
         use SetError::Invalid;
         let mut changes = Changes::default();
         let mut offered = self.function_features(registers);
-        if self.legacy {
+        if self.legacy() {
             offered |= self.legacy_features(registers);
         }
         for part in parts {

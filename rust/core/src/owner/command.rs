@@ -411,9 +411,10 @@ impl Execution<'_> {
             DEV_MODE_SET => return self.mode_set(command, touched, wake),
             DEVICE_MGMT => self.management(command, reply, touched)?,
             DEVICE_MGMT_ATTRS => {
+                let member = self.member(command)?;
                 let result = reply.room(64);
                 result[..8].copy_from_slice(&1u64.to_le_bytes());
-                result[8..16].copy_from_slice(&self.core.manageable().to_le_bytes());
+                result[8..16].copy_from_slice(&member.manageable_features().to_le_bytes());
             }
             _ => return Err(Failure::Opcode),
         }

@@ -219,15 +219,6 @@ impl Core {
     pub fn supported(&self, group: u16) -> u64 {
         command::supported(&self.options, group)
     }
-
-    /// Features that could be assigned to any of the members.
-    pub(crate) fn manageable(&self) -> u64 {
-        let members = self.members();
-        members
-            .by_id
-            .values()
-            .fold(0, |all, entry| all | entry.member.manageable_features())
-    }
 }
 
 /// The device group.
@@ -387,6 +378,10 @@ impl DeviceGroup {
     /// Removes a member; NumVFs follows. False: there is none.
     pub fn remove(&self, id: u32) -> bool {
         let removed = self.core.change_members(|members| members.by_id.remove(&id));
+        // Its resource objects go with it: nobody could name them any more.
+        for context in [&self.driver, self.function.context()] {
+            context.lock().objects.retain(|_, object| object.member != id);
+        }
         self.core.restore_vfs();
         removed.is_some()
     }
