@@ -108,7 +108,7 @@ images: native ## guest kernels 5.10, 6.1, 6.12, 7.2 and QEMU 11.1, into the cac
 	@$(STEP) "guest images"
 	$(BIN)/python -m vhu_legacy.images $(IMAGES)
 
-demo: native ## a stock guest with a legacy driver on a member, from end to end
+demo: native ## stock guests with a legacy driver on members, over vhost-user and by admin commands
 	@$(BIN)/python -m vhu_legacy.demo
 
 # Components of a rustup toolchain, or packages of the distribution's; and cargo-nextest.
@@ -132,7 +132,7 @@ test-tools: native
 
 test: test-tools ## everything CI runs: format, lints, types, Rust and Python tests, with guests
 	@$(STEP) "guest images"
-	$(BIN)/python -m vhu_legacy.images kernel:6.12
+	$(BIN)/python -m vhu_legacy.images kernel:5.10 kernel:6.1 kernel:6.12 kernel:7.2 qemu:11.1
 	$(STEP) "cargo fmt"
 	cargo fmt --all --check
 	$(STEP) "cargo clippy"
@@ -150,8 +150,14 @@ test: test-tools ## everything CI runs: format, lints, types, Rust and Python te
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(STEP) "all passed"
 
-bench: native ## our blk member against qemu-storage-daemon, as ratios
+bench: native ## our blk member against qemu-storage-daemon, admin commands, BAR accesses, boots: as ratios
 	@$(BIN)/python benches/run.py $(BENCH_ARGS)
+	$(STEP) "administration commands and I/O BAR accesses"
+	cargo build --locked --release --package vhu-bench
+	target/release/vhu-bench-owner $(filter --quick,$(BENCH_ARGS))
+	$(STEP) "boots through the legacy function"
+	$(BIN)/python -m vhu_legacy.images kernel:6.12 qemu:11.1
+	$(BIN)/python benches/boot.py $(filter --quick,$(BENCH_ARGS))
 
 matrix: native ## all kernels x driver modes x QEMUs; JUnit XML in matrix.xml
 	@$(BIN)/vhu-legacy matrix --junit matrix.xml $(MATRIX_ARGS)

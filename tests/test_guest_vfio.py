@@ -361,6 +361,91 @@ async def test_resize_is_seen_by_the_running_guest(tmp_path: Path, kind: Kind, v
             assert await vm.complaints() == []
 
 
+@pytest.mark.parametrize("kind", ["legacy", "owner"])
+async def test_driver_taken_away_and_function_reset(tmp_path: Path, kind: Kind) -> None:
+    """The guest unbinds its driver and binds it again, with and without a function-level reset in between."""
+    image, host_sum = make_image(tmp_path)
+    members = [] if kind == "owner" else [MemberSpec(image, vfio_user=True)]
+    owner = OwnerSpec(image) if kind == "owner" else None
+    async with guest.serve_group(members, tmp_path, owner=owner) as group:
+        number = 0 if kind == "owner" else 1
+        config = VmConfig(
+            # Behind a port: on pcie.0 QEMU hides a legacy endpoint's PCI Express capability, and with it the reset.
+            disks=(Function(group.function_socket(number, kind), port=True),),
+            kernel="7.2",
+            qemu=QEMU,
+            guest_kib=LITTLE_KIB,
+            log_dir=tmp_path / "vm",
+        )
+        before = await group.owner()
+        async with guest.open_vm(config) as vm:
+            await vm.wait_event("ready")
+            mode = (await vm.command("info vda"))["mode"]
+            for command in ("rebind vda", "rebind vda flr", "rebind vda flr"):
+                info = await vm.command(command)
+                assert (info["mode"], info["interrupts"], info["vectors"]) == (mode, "msix", 2)
+                report = await vm.command("verify vda")
+                assert report["host_sum"] == host_sum
+                assert report["guest_sum"] == guest.area_sum(image, report["guest_offset"], report["guest_bytes"])
+            assert await vm.complaints() == []
+        if kind == "owner":
+            assert guest.owner_problems(before, await group.owner(), "7.2", starts=4) == []
+        assert (await group.device(number))["last-error"] is None
+
+
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+async def test_stopped_and_resumed_amid_io(tmp_path: Path, kind: Kind) -> None:
+    """DEV_MODE_SET under a guest at work: nothing moves while the member is stopped, and nothing is lost."""
+    image, _ = make_image(tmp_path)
+    async with guest.serve_group([MemberSpec(image, vfio_user=True)], tmp_path) as group:
+        config = VmConfig(
+            disks=(Function(group.function_socket(1, kind)),),
+            qemu=QEMU,
+            task="rw-loop",
+            guest_kib=LITTLE_KIB,
+            log_dir=tmp_path / "vm",
+        )
+        async with guest.open_vm(config) as vm:
+            await vm.wait_event("round")
+            for _ in range(5):
+                await trio.sleep(0.2)
+                await group.qmp("member-stop", {"id": 1})
+                stopped = await group.member(1)
+                await group.qmp("member-parts-get", {"id": 1})
+                await trio.sleep(0.2)
+                assert (await group.member(1))["requests"] == stopped["requests"]
+                assert [queue["in-flight"] for queue in stopped["queues"]] == [0]
+                await group.qmp("member-resume", {"id": 1})
+            await vm.wait_event("round", start=len(vm.messages))
+            await vm.command("stop")
+            assert await vm.complaints() == []
+        assert (await group.owner())["failed"] == 0
+
+
+async def test_front_ends_take_turns(tmp_path: Path) -> None:
+    """One member by vhost-user and by its functions, one after the other, and then deleted under a guest."""
+    image, host_sum = make_image(tmp_path)
+    async with guest.serve_group([MemberSpec(image, vfio_user=True)], tmp_path) as group:
+        first = await guest.boot(group.socket(1), mode="legacy", guest_kib=LITTLE_KIB, log_dir=tmp_path / "first")
+        assert list(guest.check_image(image, first, host_sum)) == []
+        socket = group.function_socket(1, "legacy")
+        second = await boot(socket, tmp_path, mode="legacy", guest_kib=LITTLE_KIB)
+        assert list(guest.check_image(image, second, host_sum)) == []
+        assert second.complaints == ()
+        config = VmConfig(
+            disks=(Function(group.function_socket(1, "modern")),),
+            qemu=QEMU,
+            task="rw-loop",
+            guest_kib=LITTLE_KIB,
+            log_dir=tmp_path / "third",
+        )
+        async with guest.open_vm(config) as vm:
+            await vm.wait_event("round")
+            await group.qmp("member-del", {"id": 1, "force": True}, 40)
+            assert (await vm.qmp("query-status"))["running"]
+        assert not socket.exists()
+
+
 async def test_one_front_end_at_a_time(tmp_path: Path) -> None:
     """Whoever comes second is turned away at once, and the first doesn't notice."""
     image, _ = make_image(tmp_path)

@@ -28,6 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import guest, images
+from .admin import Opcode
 from .errors import GuestError, ImagesError, VhuError, single
 from .running import run
 
@@ -282,9 +283,10 @@ def _describe(story: _Story, seen: _Seen, device: str) -> None:
 
 def _describe_commands(story: _Story, seen: _Seen, trace: list[Any]) -> None:
     """The administration commands of each opcode, and how the register trace begins."""
-    for name, count in sorted(seen.after["admin-commands"].items()):
-        if count:
-            story.add(f"{name} commands", count)
+    counts = seen.after["admin-commands"]
+    for opcode in Opcode:
+        if counts.get(opcode.name):
+            story.add(f"{opcode.name} commands", counts[opcode.name])
     for number, entry in enumerate(trace):
         story.add("register trace, its start" if number == 0 else "", trace_line(entry))
     story.add("", "(all of it from a running group: vhu-legacy trace 2)")

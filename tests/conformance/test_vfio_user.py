@@ -87,10 +87,10 @@ class Served:
         interrupts: Literal["msix", "intx", "poll"] = "msix",
         packed: bool = False,
         framing: Framing | None = None,
-        members: bool = True,
+        shared: bool = True,
     ) -> VfioTarget:
         return VfioTarget(
-            self.owner, self.members if members else {}, interrupts=interrupts, packed=packed, framing=framing
+            self.owner, self.members, interrupts=interrupts, packed=packed, framing=framing, shared=shared
         )
 
 
@@ -133,20 +133,19 @@ def judge_all(report: Report) -> None:
         judge(row, {})
 
 
-@pytest.mark.parametrize(
-    "framing",
-    [
-        Framing(),
-        Framing((24,), (8,)),
-        Framing((1, 2, 3, 4, 5, 6, 7), (1, 1, 1)),
-        Framing((2,) * 12, (2,) * 4),
-        Framing((23,), (7,)),
-        Framing((24, 1, 7), (8, 1)),
-        Framing((24,), (8,), indirect=True),
-        Framing((5, 5, 5), (3, 3), indirect=2),
-    ],
-    ids=str,
-)
+FRAMINGS: Final = {
+    "one each": Framing(),
+    "Linux": Framing((24,), (8,)),
+    "growing": Framing((1, 2, 3, 4, 5, 6, 7), (1, 1, 1)),
+    "two bytes each": Framing((2,) * 12, (2,) * 4),
+    "cut before the header ends": Framing((23,), (7,)),
+    "data in pieces": Framing((24, 1, 7), (8, 1)),
+    "indirect": Framing((24,), (8,), indirect=True),
+    "two direct, the rest indirect": Framing((5, 5, 5), (3, 3), indirect=2),
+}
+
+
+@pytest.mark.parametrize("framing", FRAMINGS.values(), ids=FRAMINGS)
 def test_framing(served: Served, strict: VfioTarget, framing: Framing) -> None:
     """The same commands, cut into descriptors in any way."""
     strict.lost()
@@ -171,6 +170,16 @@ def test_packed(start_group: GroupFactory) -> None:
     target = Served(start_group, strict=True, packed=True).target(packed=True)
     try:
         judge_all(run_on(target, [*COMMANDS, "AVQ", "LEG", "CAP", "OBJ"]))
+    finally:
+        target.close()
+
+
+def test_memory_without_fd(served: Served, strict: VfioTarget) -> None:
+    """Rings and buffers that the devices have to ask for, piece by piece."""
+    strict.lost()
+    target = served.target(shared=False)
+    try:
+        judge_all(run_on(target, [*COMMANDS, "AVQ-06", "AVQ-08", "LIF-07", "LIF-08", "LIF-14", "MOD-01", "MOD-02"]))
     finally:
         target.close()
 

@@ -54,7 +54,7 @@ def run_on(target: Target, only: Sequence[str] = ()) -> Report:
 def run_conformance(owner: Path, members: Mapping[int, Path] | None = None, only: Sequence[str] = ()) -> Report:
     """Run checks on an owner behind a vfio-user socket, with members' own functions behind theirs, by member number.
 
-    `only`: ids ("LEG-03") or families ("LEG"), default all. Blocks, some ten seconds for all.
+    `only`: ids ("LEG-03") or families ("LEG"), default all. Blocks, a few seconds for all.
 
     Raises:
         UnknownCheck: there is no check of such a name.

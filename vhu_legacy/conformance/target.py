@@ -7,6 +7,7 @@ in `native`.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from typing import Final, Literal
 from .. import pci
 from ..admin import RESULT_HEADER_SIZE, Command, GroupType, Opcode, opcodes_in
 from ..errors import VhuError
-from ..vfio_client import VfioClient
+from ..vfio_client import Disconnected, VfioClient
 from ..virtio_driver import (
     AdminQueue,
     BarRegisters,
@@ -32,9 +33,11 @@ from ..virtio_driver import (
     mask,
 )
 
-__all__ = ["CannotReach", "OwnerDriver", "Port", "Target", "VfioTarget"]
+__all__ = ["CannotReach", "OwnerDriver", "Port", "Target", "VfioTarget", "connect"]
 
 TIMEOUT: Final = 5.0
+_PATIENCE: Final = 2.0
+"""Seconds until a function that hangs up on us is said to be in use."""
 _ADMIN_QUEUES: Final = 4
 """As many of the owner's are used at most."""
 _QUEUE_SIZE: Final = 256
@@ -42,6 +45,20 @@ _QUEUE_SIZE: Final = 256
 
 class CannotReach(VhuError):
     """The target has no such thing: no SR-IOV control, no function of that member, no queue of that number."""
+
+
+def connect(path: Path, timeout: float = TIMEOUT) -> VfioClient:
+    """A client of a function whose last client may still be on its way out. Raises VfioError, TimeoutError."""
+    deadline = time.monotonic() + min(timeout, _PATIENCE)
+    while True:
+        try:
+            return VfioClient(path, timeout=timeout)
+        except Disconnected as error:
+            # Nobody listens there: nothing to wait for.
+            nobody = isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError | PermissionError)
+            if nobody or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 class OwnerDriver:
@@ -54,20 +71,18 @@ class OwnerDriver:
         interrupts: Literal["msix", "intx", "poll"] = "msix",
         packed: bool = False,
         framing: Framing | None = None,
-        memory: GuestMemory | None = None,
+        shared: bool = True,
         timeout: float = TIMEOUT,
     ) -> None:
-        """`memory`: guest memory of the caller's that is attached already. Raises DriverError, VfioError."""
+        """`shared`: whether the device gets its memory's fd. Raises DriverError, VfioError."""
         self.function: Final = function
         self.device: Final = ModernDevice(function, timeout=timeout)
         self.queues: list[AdminQueue] = []
         self._interrupts: Final = interrupts
         self._packed: Final = packed
         self._framing: Final = framing or Framing.linux()
-        self._own_memory: Final = memory is None
-        self.memory: Final = memory or GuestMemory(8 << 20)
-        if self._own_memory:
-            self.memory.attach(function.client)
+        self.memory: Final = GuestMemory(8 << 20, shared=shared)
+        self.memory.attach(function.client)
 
     def start(self, *, driver_ok: bool = True) -> None:
         """From reset to DRIVER_OK, with rings for the administration queues; `driver_ok=False`: up to just before it.
@@ -114,21 +129,23 @@ class OwnerDriver:
 
     def close(self) -> None:
         """Let go of everything of its own; the function stays open. Idempotent."""
-        if self._own_memory:
-            self.memory.close()
+        self.memory.close()
 
 
 class Port:
     """A member's own PCI function: its memory, its interrupts, and whatever registers it has."""
 
-    def __init__(self, number: int, path: Path, timeout: float = TIMEOUT) -> None:
-        """Raises DriverError, VfioError, TimeoutError."""
+    def __init__(self, number: int, path: Path, timeout: float = TIMEOUT, *, shared: bool = True) -> None:
+        """`shared`: whether the device gets its memory's fd.
+
+        Raises DriverError, VfioError, TimeoutError.
+        """
         self.number: Final = number
-        self.function: Final = PciFunction(VfioClient(path, timeout=timeout))
+        self.function: Final = PciFunction(connect(path, timeout))
         try:
             self.function.place_bars()
             self.function.enable()
-            self.memory: Final = GuestMemory(8 << 20)
+            self.memory: Final = GuestMemory(8 << 20, shared=shared)
             self.memory.attach(self.function.client)
             self.modern: Final = ModernDevice(self.function, timeout=timeout) if self.function.virtio else None
             bar = self.function.bars.get(0)
@@ -258,9 +275,13 @@ class VfioTarget(Target):
         interrupts: Literal["msix", "intx", "poll"] = "msix",
         packed: bool = False,
         framing: Framing | None = None,
+        shared: bool = True,
         timeout: float = TIMEOUT,
     ) -> None:
-        """Connects to nothing yet: `restore` does."""
+        """Connects to nothing yet: `restore` does.
+
+        `shared`: whether the devices get the fd of guest memory; otherwise they have to ask for each access.
+        """
         self.name = f"vfio-user owner {owner}"
         self.owner = None
         self.driver = None
@@ -271,12 +292,13 @@ class VfioTarget(Target):
         self._interrupts: Final = interrupts
         self._packed: Final = packed
         self._framing: Final = framing
+        self._shared: Final = shared
         self._timeout: Final = timeout
         self._vfs_before: tuple[int, int] | None = None
 
     def _open(self) -> None:
         if self.owner is None:
-            self.owner = PciFunction(VfioClient(self._path, timeout=self._timeout))
+            self.owner = PciFunction(connect(self._path, self._timeout))
             self.owner.place_bars()
             if self.owner.sriov is not None and self._vfs_before is None:
                 self._vfs_before = (self.owner.sriov.control, self.owner.sriov.num_vfs)
@@ -285,11 +307,12 @@ class VfioTarget(Target):
                 interrupts=self._interrupts,
                 packed=self._packed,
                 framing=self._framing,
+                shared=self._shared,
                 timeout=self._timeout,
             )
         for number, path in self._member_paths.items():
             if number not in self._ports:
-                self._ports[number] = Port(number, path, self._timeout)
+                self._ports[number] = Port(number, path, self._timeout, shared=self._shared)
 
     @property
     def _driver(self) -> OwnerDriver:

@@ -540,6 +540,45 @@ impl MemoryMap {
         self.remote || region.remote.is_none()
     }
 
+    /// How to reach the memory of a guest address, when only a shadow of it is mapped.
+    pub fn remote_at(&self, guest: u64) -> Option<&Arc<dyn RemoteMemory>> {
+        self.find(guest, &mut 0)?.remote.as_ref()
+    }
+
+    /// The parts of some buffers of this map that lie in shadows, none longer than [`SHADOW_PIECE`].
+    pub fn shadows(&self, buffers: &Buffers) -> Vec<ShadowPiece> {
+        let mut pieces = Vec::new();
+        for iov in &buffers.iov {
+            let address = iov.iov_base as u64;
+            // Buffers are cut at the ends of regions, so the start says where all of it is.
+            let found = self.regions.iter().find_map(|region| {
+                let skip = address.checked_sub(region.host.as_ptr() as u64)?;
+                let remote = region.remote.as_ref()?;
+                (skip < region.size).then_some((region, remote, skip))
+            });
+            let Some((region, remote, skip)) = found else {
+                continue;
+            };
+            let mut done = 0;
+            while done < iov.iov_len {
+                let len = (iov.iov_len - done).min(SHADOW_PIECE);
+                let mut piece = Buffers::default();
+                // SAFETY: done < iov_len, so this stays inside the buffer.
+                if let Some(host) = NonNull::new(unsafe { iov.iov_base.cast::<u8>().add(done) }) {
+                    piece.push(host, len);
+                }
+                pieces.push(ShadowPiece {
+                    remote: Arc::clone(remote),
+                    guest: region.guest + skip + done as u64,
+                    writable: region.writable,
+                    buffers: piece,
+                });
+                done += len;
+            }
+        }
+        pieces
+    }
+
     /// The region that holds a guest address. `hint` remembers the last one: descriptors of a batch mostly lie close
     /// together.
     #[inline]
@@ -878,6 +917,49 @@ impl Buffers {
             // SAFETY: the map keeps the buffer valid for its length.
             unsafe { std::ptr::write_bytes(dst, 0, n) };
         }
+    }
+}
+
+/// Most bytes of a [`ShadowPiece`].
+pub const SHADOW_PIECE: usize = 128 << 10;
+
+/// A part of a request's buffers that lies in the shadow of remote memory. Like the buffers, it is of use only as long as
+/// the map that it was cut from.
+pub struct ShadowPiece {
+    remote: Arc<dyn RemoteMemory>,
+    guest: u64,
+    writable: bool,
+    buffers: Buffers,
+}
+
+impl ShadowPiece {
+    /// Makes the shadow what the memory is.
+    ///
+    /// # Errors
+    /// `dma.*`.
+    pub fn fetch(&self, cancelled: &AtomicBool) -> Result<(), Fault> {
+        let mut bytes = vec![0; self.buffers.len() as usize];
+        self.remote.read_unless(self.guest, &mut bytes, cancelled)?;
+        self.buffers.write(&bytes);
+        Ok(())
+    }
+
+    /// Makes the memory what the shadow is, unless it is read-only.
+    ///
+    /// # Errors
+    /// `dma.*`.
+    pub fn store(&self) -> Result<(), Fault> {
+        if !self.writable {
+            return Ok(());
+        }
+        let mut bytes = vec![0; self.buffers.len() as usize];
+        self.buffers.read(&mut bytes);
+        self.remote.write(self.guest, &bytes)
+    }
+
+    /// Forgets what the shadow holds.
+    pub fn clear(&self) {
+        self.buffers.zero(self.buffers.len());
     }
 }
 

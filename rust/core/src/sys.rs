@@ -352,6 +352,14 @@ pub fn unlock(file: &File) {
 
 /// Waits, without bound, until one of the fds is readable.
 pub fn wait_readable(fds: &[RawFd]) {
+    wait_readable_for(fds, None);
+}
+
+/// Waits until one of the fds is readable, or a time has passed.
+pub fn wait_readable_for(fds: &[RawFd], time: Option<Duration>) {
+    let milliseconds = time.map_or(-1, |time| {
+        i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+    });
     let mut polled: Vec<libc::pollfd> = fds
         .iter()
         .map(|&fd| libc::pollfd {
@@ -361,7 +369,7 @@ pub fn wait_readable(fds: &[RawFd]) {
         })
         .collect();
     // SAFETY: polled is a live array of that many entries.
-    unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
+    unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, milliseconds) };
 }
 
 /// Most fds that the kernel carries with one piece of data (SCM_MAX_FD).

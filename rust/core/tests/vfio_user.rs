@@ -21,7 +21,7 @@ use vhu_core::event::{Completion, Event};
 use vhu_core::memory::MAX_REGIONS;
 use vhu_core::sys;
 use vhu_core::vfio_user::function::PciFunction;
-use vhu_core::vfio_user::server::Server;
+use vhu_core::vfio_user::server::{Server, GREETING};
 use vhu_core::worker::Pool;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -1036,6 +1036,28 @@ fn a_function_that_is_attached_elsewhere() {
     bed.fake.busy.store(false, Ordering::Relaxed);
     assert!(bed.client().read(0, 0, 1).is_ok());
     assert_eq!(bed.fake.deeds().detached, 0, "what wasn't attached isn't detached");
+}
+
+#[test]
+fn a_client_that_says_nothing() {
+    let bed = Bed::new();
+    let begin = Instant::now();
+    let mut silent = bed.raw();
+    silent.write(&message(1, VERSION, 0, &[0; 4])[..10]);
+    until("attached", || bed.server.statistics().connected);
+    let mut other = bed.raw();
+    assert!(other.is_closed());
+    assert!(silent.is_closed());
+    let waited = begin.elapsed();
+    assert!(
+        waited > GREETING && waited < GREETING + Duration::from_secs(1),
+        "{waited:?}"
+    );
+    bed.free();
+    // One that has greeted may be silent for as long as it likes.
+    let mut client = bed.client();
+    std::thread::sleep(GREETING + Duration::from_millis(100));
+    client.read(0, 0, 1).unwrap();
 }
 
 fn events(bed: &Bed, count: usize) -> Vec<String> {

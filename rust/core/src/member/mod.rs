@@ -26,6 +26,7 @@ use crate::ring::split::{self, AddressSpace, RingAddresses};
 use crate::ring::MAX_QUEUE_SIZE;
 use crate::runner::{ring_features, Call, QueueSetup, QueueStats, Runner};
 use crate::sys;
+use crate::vfio_user::remote::{RemoteRunner, RemoteStart};
 use crate::worker::{Owner, Pool, QueueHandle, SourceHandle, Start};
 
 pub use crate::ring::feature;
@@ -85,15 +86,74 @@ pub mod status {
     pub const NEEDS_RESET: u8 = 64;
 }
 
+/// A running ring, seen from here.
+enum Handle {
+    /// A worker's queue.
+    Worker(QueueHandle),
+    /// In memory that came without an fd: it has a thread of its own.
+    Thread(RemoteRunner),
+}
+
+impl Handle {
+    fn stop(&self, done: Completion) {
+        match self {
+            Self::Worker(queue) => queue.stop(done),
+            Self::Thread(queue) => queue.stop(done),
+        }
+    }
+
+    fn enable(&self, on: bool, done: Completion) {
+        match self {
+            Self::Worker(queue) => queue.enable(on, done),
+            Self::Thread(queue) => queue.enable(on, done),
+        }
+    }
+
+    fn set_call(&self, call: Call, done: Completion) {
+        match self {
+            Self::Worker(queue) => queue.set_call(call, done),
+            Self::Thread(queue) => queue.set_call(call, done),
+        }
+    }
+
+    fn set_kick(&self, kick: OwnedFd, done: Completion) {
+        match self {
+            Self::Worker(queue) => queue.set_kick(kick, done),
+            Self::Thread(queue) => queue.set_kick(Arc::new(kick), done),
+        }
+    }
+
+    fn set_features(&self, features: u64, done: Completion) {
+        match self {
+            Self::Worker(queue) => queue.set_features(features, done),
+            Self::Thread(queue) => queue.set_features(features, done),
+        }
+    }
+
+    fn set_memory(&self, map: Arc<MemoryMap>, done: Completion) {
+        match self {
+            Self::Worker(queue) => queue.set_memory(map, done),
+            Self::Thread(queue) => queue.set_memory(map, done),
+        }
+    }
+
+    fn worker(&self) -> Option<u32> {
+        match self {
+            Self::Worker(queue) => Some(queue.worker_index),
+            Self::Thread(_) => None,
+        }
+    }
+}
+
 /// Whether a ring runs.
 enum Run {
     /// Nobody touches it; the position is in the registers.
     Stopped,
     /// A worker serves it.
-    Running(QueueHandle),
+    Running(Handle),
     /// It has been told to stop; the position will be in the queue's stats. It can be told again, by somebody else who
     /// wants to know when it has.
-    Stopping(QueueHandle),
+    Stopping(Handle),
 }
 
 /// One queue's registers.
@@ -132,7 +192,7 @@ impl Queue {
         self.enabled || driver_features & feature::PROTOCOL_FEATURES == 0
     }
 
-    fn running(&self) -> Option<&QueueHandle> {
+    fn running(&self) -> Option<&Handle> {
         match &self.run {
             Run::Running(handle) => Some(handle),
             _ => None,
@@ -699,7 +759,7 @@ impl Member {
     }
 
     /// Tells all running rings something; the token of the completion, if any runs.
-    fn tell_running(&self, registers: &Registers, tell: impl Fn(&QueueHandle, Completion)) -> Option<u64> {
+    fn tell_running(&self, registers: &Registers, tell: impl Fn(&Handle, Completion)) -> Option<u64> {
         let mut done: Option<Completion> = None;
         for handle in registers.queues.iter().filter_map(Queue::running) {
             tell(
@@ -940,8 +1000,15 @@ impl Member {
             AddressSpace::Guest
         };
         let on_queue = |fault: Fault| fault.on_queue(index as u16);
+        // Where the driver may have put anything into memory that can't be mapped, a worker would have to wait.
+        let remote = map.needs_remote();
+        let map = if remote { Arc::new(map.with_shadows()) } else { map };
         // Before anything is taken: a ring that isn't in memory yet keeps everything for the next try.
         resolve(&map, space, addresses, queue.size, driver_features).map_err(on_queue)?;
+        if queue.from_used && remote {
+            let reason = "a migrated ring in memory that came without an fd: its used index can't be asked for";
+            return Err(on_queue(Fault::new("ring.position", reason)));
+        }
         if queue.from_used {
             let used = split::used_idx(&map, space, addresses, queue.size, MAX_QUEUE_SIZE).map_err(on_queue)?;
             queue.position = Some(u32::from(used));
@@ -960,28 +1027,43 @@ impl Member {
             Some(admin) if index >= u64::from(self.device.queues()) => &admin.device,
             _ => &self.device,
         };
-        let runner = Runner::new(
-            Arc::clone(device),
-            map,
-            QueueSetup {
-                index: index as u16,
-                size: queue.size,
-                addresses,
-                space,
-                position: queue.position.unwrap_or_else(|| fresh_position(packed)),
-                driver_features,
-                call,
-                stats: Arc::clone(&queue.stats),
-            },
-        )?;
-        queue.from_used = false;
-        let start = Start {
-            owner: Arc::clone(&self.owner),
-            runner,
-            kick,
-            enabled: !vhost_user || queue.may_run(driver_features),
+        let setup = QueueSetup {
+            index: index as u16,
+            size: queue.size,
+            addresses,
+            space,
+            position: queue.position.unwrap_or_else(|| fresh_position(packed)),
+            driver_features,
+            call,
+            stats: Arc::clone(&queue.stats),
         };
-        queue.run = Run::Running(self.pool.start(start));
+        let enabled = !vhost_user || queue.may_run(driver_features);
+        let (owner, device) = (Arc::clone(&self.owner), Arc::clone(device));
+        let handle = if remote {
+            let start = RemoteStart {
+                owner,
+                device,
+                map,
+                setup,
+                kick,
+                enabled,
+            };
+            let started = RemoteRunner::start(start).map_err(|error| match error {
+                Error::Fault(fault) => fault,
+                other => on_queue(Fault::new("ring.thread", format!("no thread for the queue: {other}"))),
+            })?;
+            Handle::Thread(started)
+        } else {
+            let runner = Runner::new(device, map, setup)?;
+            Handle::Worker(self.pool.start(Start {
+                owner,
+                runner,
+                kick,
+                enabled,
+            }))
+        };
+        queue.from_used = false;
+        queue.run = Run::Running(handle);
         Ok(())
     }
 
@@ -1136,7 +1218,7 @@ impl Member {
                     size: queue.size,
                     started: queue.running().is_some(),
                     enabled: queue.may_run(registers.driver_features),
-                    worker: queue.running().map(|handle| handle.worker_index),
+                    worker: queue.running().and_then(Handle::worker),
                     addresses: queue.addresses,
                     next_avail: match queue.running() {
                         Some(_) => queue.stats.last_avail.load(Ordering::Relaxed),

@@ -31,6 +31,8 @@ use crate::worker::{Flow, Interest, Pool, Source, SourceHandle, SourceIo};
 /// How long a client waits for the answer to a command that the function can't end at once. QEMU gives up after five
 /// seconds, and a late reply then breaks its connection for good.
 pub const DEADLINE: Duration = Duration::from_millis(800);
+/// How long a client may take to say which version it speaks: while it says nothing nobody else can have the function.
+pub const GREETING: Duration = Duration::from_secs(5);
 /// Messages of one visit.
 const BATCH: u32 = 32;
 /// Bytes of messages after which a visit takes no more.
@@ -465,6 +467,8 @@ struct Connection {
     parked: Option<Parked>,
     /// Counts what may be deferred; a waker calls for the one it was made for.
     ticket: u64,
+    /// When it began.
+    since: Instant,
     /// When what is in `input` came.
     received: Instant,
     /// What is received next came then, or may have.
@@ -499,6 +503,7 @@ impl Connection {
             last: None,
             parked: None,
             ticket: 0,
+            since: Instant::now(),
             received: Instant::now(),
             waited: None,
             signals: Vec::new(),
@@ -527,6 +532,11 @@ impl Connection {
         true
     }
 
+    /// Whether no command may be taken at present.
+    fn is_held_up(&self) -> bool {
+        self.parked.is_some() || !self.output.is_empty()
+    }
+
     fn visit(&mut self) -> std::result::Result<Flow, End> {
         let mut messages = BATCH;
         let mut bytes = BATCH_BYTES;
@@ -544,14 +554,10 @@ impl Connection {
                 }
             }
             self.flush()?;
-            if !self.output.is_empty() {
-                return Ok(Flow::Wait);
-            }
-            if let Some(fault) = self.last.take() {
-                return Err(fault.into());
-            }
-            if self.parked.is_some() {
-                // A client with answers to give is listened to; of any other it is enough to know whether it is there.
+            let held_up = self.is_held_up();
+            if held_up {
+                // A client with answers to give is listened to: it may have to get rid of them before it reads, and what
+                // is deferred may wait for them. Of any other it is enough to know whether it is there.
                 if !self.link.is_waiting() {
                     if !moved && sys::look(self.socket.raw()).hung_up {
                         return Err(End::Left);
@@ -559,7 +565,10 @@ impl Connection {
                     return Ok(Flow::Wait);
                 }
             } else {
-                if self.unmasked.swap(false, Ordering::AcqRel) {
+                if let Some(fault) = self.last.take() {
+                    return Err(fault.into());
+                }
+                if self.unmask.is_some() && self.unmasked.swap(false, Ordering::AcqRel) {
                     // It has nobody to tell.
                     let _ = self.shared.function.set_irqs(IrqChange::Unmask {
                         index: IRQ_INTX,
@@ -578,15 +587,19 @@ impl Connection {
                 }
             }
             if receives == 0 {
+                self.expect_greeting()?;
                 return Ok(if self.more { Flow::Again } else { Flow::Wait });
             }
             receives -= 1;
             self.more = false;
             match self.input.receive(self.socket.raw())? {
-                Received::Nothing => return Ok(Flow::Wait),
+                Received::Nothing => {
+                    self.expect_greeting()?;
+                    return Ok(Flow::Wait);
+                }
                 Received::End if self.input.is_torn() => return Err(End::Torn),
                 Received::End => return Err(End::Left),
-                // Only while a command is deferred.
+                // Only while held up.
                 Received::Full if sys::look(self.socket.raw()).hung_up => return Err(End::Left),
                 Received::Full => return Ok(Flow::Wait),
                 Received::Some { more } => {
@@ -594,14 +607,24 @@ impl Connection {
                     self.received = self.waited.take().unwrap_or_else(Instant::now);
                 }
             }
-            if self.parked.is_some() {
+            if held_up {
                 let link = &self.link;
                 self.input.scan(|header, body| match header.kind() {
                     Kind::Reply => link.answer(header, body),
                     _ => Ok(()),
                 })?;
+                self.input.drop_seen();
             }
         }
+    }
+
+    /// Whether the client has said which version it speaks, or still has time for it.
+    fn expect_greeting(&self) -> std::result::Result<(), End> {
+        if self.session.agreed().is_none() && Instant::now() >= self.since + GREETING {
+            let reason = format!("no version within {GREETING:?}");
+            return Err(Fault::new("message.version", reason).into());
+        }
+        Ok(())
     }
 
     /// Goes on with a deferred command, if it can or must; false when there is nothing to do about it now.
@@ -735,10 +758,9 @@ impl Source for Connection {
     }
 
     fn interest(&self) -> Interest {
-        let blocked = !self.output.is_empty();
         Interest {
-            read: !blocked && (self.parked.is_none() || (self.link.is_waiting() && self.input.has_room())),
-            write: blocked,
+            read: !self.is_held_up() || (self.link.is_waiting() && self.input.has_room()),
+            write: !self.output.is_empty(),
         }
     }
 
@@ -772,7 +794,12 @@ impl Source for Connection {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.parked.map(|parked| parked.since + DEADLINE)
+        match self.parked {
+            Some(parked) => Some(parked.since + DEADLINE),
+            // One that doesn't read the answer either can't be told apart from one that is slow.
+            None if self.session.agreed().is_none() && self.output.is_empty() => Some(self.since + GREETING),
+            None => None,
+        }
     }
 
     fn end(&mut self) {

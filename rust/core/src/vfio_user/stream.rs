@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
 
-use super::wire::{Header, HEADER_SIZE, MAX_FDS, MAX_MESSAGE};
+use super::wire::{Header, Kind, HEADER_SIZE, MAX_FDS, MAX_MESSAGE};
 use crate::error::Fault;
 use crate::sys::{self, PeerFd};
 
@@ -206,5 +206,17 @@ impl Input {
             self.scanned = self.base + at as u64;
         }
         Ok(())
+    }
+
+    /// Takes the replies at the front that were looked at.
+    pub fn drop_seen(&mut self) {
+        while let Some((header, _, true)) = self.message() {
+            if header.kind() != Kind::Reply {
+                return;
+            }
+            // Whatever came with it.
+            drop(self.take_fds());
+            self.consume(header.size as usize);
+        }
     }
 }
