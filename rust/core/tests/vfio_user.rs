@@ -128,10 +128,12 @@ fn information() {
         let reply = client.ask(GET_REGION_INFO, &words(&[4096, 0, index, 0, 0, 0, 0, 0]));
         assert_eq!(reply, Ok(wanted));
     }
-    for (index, flags, count) in [(0, 7, 1), (1, 1, 0), (2, 1, 64), (3, 1, 0), (4, 1, 1)] {
+    for (index, flags, count) in [(0, 7, 1), (1, 1, 0), (2, 1, 64), (4, 1, 1)] {
         let reply = client.ask(GET_IRQ_INFO, &words(&[16, 0, index, 0]));
         assert_eq!(reply, Ok(words(&[16, flags, index, count])));
     }
+    // Error interrupts, of which there are none: QEMU asks, and takes this for an answer.
+    assert_eq!(client.ask(GET_IRQ_INFO, &words(&[16, 0, 3, 0])), Err(EINVAL));
     assert_eq!(
         client.ask(GET_REGION_IO_FDS, &words(&[4096, 0, 2, 0])),
         Ok(words(&[16, 0, 2, 0]))

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use super::dma::DmaTable;
-use super::function::{Access, IrqChange, PciFunction, RegionInfo, IRQS, IRQ_INTX, REGIONS};
+use super::function::{Access, IrqChange, PciFunction, RegionInfo, IRQS, IRQ_INTX, IRQ_MSIX, REGIONS};
 use super::wire::{self, command, DmaMap, DmaUnmap, Header, IrqAction, IrqData, IrqSet, RegionAccess, Version};
 use crate::error::Fault;
 use crate::event::Waker;
@@ -517,7 +517,13 @@ impl Session {
             IRQ_INTX => wire::IRQ_EVENTFD | wire::IRQ_MASKABLE | wire::IRQ_AUTOMASKED,
             _ => wire::IRQ_EVENTFD,
         };
-        wire::irq_info(&mut self.reply, index, flags, self.function.irq_count(index));
+        let count = self.function.irq_count(index);
+        if count == 0 && index > IRQ_MSIX {
+            // What came to PCI later is refused where it isn't there, as a kernel does: QEMU warns its user about a device
+            // that has error interrupts, but none of them.
+            return Err(libc::EINVAL);
+        }
+        wire::irq_info(&mut self.reply, index, flags, count);
         Ok(())
     }
 
