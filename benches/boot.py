@@ -136,11 +136,12 @@ def main() -> int:
     parser.add_argument("--kernel", default="6.12", choices=images.KERNELS)
     parser.add_argument("--qemu", default="11.1", help="QEMU series, 10.1 or later (default 11.1)")
     parser.add_argument("--rounds", type=int, default=5, help="boots of each side (default 5)")
+    parser.add_argument("--quick", action="store_true", help="one round: shows that it works")
     parser.add_argument("--output", type=Path, help="write all samples here, as JSON")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds: at least 1")
-    return run(bench, options.kernel, options.qemu, options.rounds, options.output)
+    return run(bench, options.kernel, options.qemu, 1 if options.quick else options.rounds, options.output)
 
 
 if __name__ == "__main__":

@@ -258,6 +258,37 @@ async def test_owner_and_member_in_one_guest(tmp_path: Path) -> None:
         assert guest.legacy_command_problems((await member_state(group, 1, "detached"))["admin-commands"]) == []
 
 
+@pytest.mark.parametrize(("kind", "kernel", "packed"), [("legacy", "6.12", False), ("owner", "7.2", True)])
+async def test_memory_that_is_not_shared(tmp_path: Path, kind: Kind, kernel: str, packed: bool) -> None:
+    """Guest memory without an fd: rings and buffers are read and written by DMA_READ and DMA_WRITE."""
+    image, host_sum = make_image(tmp_path)
+    owner = OwnerSpec(image, packed=packed) if kind == "owner" else None
+    members = [] if kind == "owner" else [MemberSpec(image, vfio_user=True, packed=packed)]
+    async with guest.serve_group(members, tmp_path, owner=owner) as group:
+        number = 0 if kind == "owner" else 1
+        config = VmConfig(
+            disks=(Function(group.function_socket(number, kind)),),
+            kernel=kernel,
+            qemu=QEMU,
+            shared_memory=False,
+            log_dir=tmp_path / "vm",
+        )
+        before = await group.owner()
+        async with guest.open_vm(config) as vm:
+            await vm.wait_event("ready")
+            report = await vm.command("verify vda")
+            assert report["host_sum"] == host_sum
+            assert report["guest_sum"] == guest.area_sum(image, report["guest_offset"], report["guest_bytes"])
+            seen = len(vm.messages)
+            await vm.system_reset()
+            await vm.wait_event("ready", start=seen)
+            await vm.command("verify vda")
+            assert await vm.complaints() == []
+        if kind == "owner":
+            assert guest.owner_problems(before, await group.owner(), kernel, starts=2) == []
+        assert (await group.device(number))["last-error"] is None
+
+
 # --- firmware
 
 
@@ -552,6 +583,20 @@ def test_what_no_boot_sector_can_boot(tmp_path: Path) -> None:
         images.boot_blocks(images.GuestKernel(none, kernel.initramfs, "0"), "")
     with pytest.raises(GuestError, match="too few for a kernel"):
         guest.make_boot_image(tmp_path / "disk.raw", VmConfig(), 1 << 20)
+
+
+def test_what_is_wrong_with_admin_commands() -> None:
+    before = {"commands": {"LIST_QUERY": 1, "LIST_USE": 1, "DEV_MODE_SET": 0}, "failed": 0}
+    good = {"commands": {"LIST_QUERY": 3, "LIST_USE": 3, "DEV_MODE_SET": 0}, "failed": 0}
+    assert guest.owner_problems(before, good, "6.12", starts=2) == []
+    assert guest.owner_problems(before, before, "6.1") == []
+    # One too many, one of another kernel, one that failed.
+    assert len(guest.owner_problems(before, good, "6.12")) == 1
+    assert len(guest.owner_problems(before, good, "7.2", starts=2)) == 1
+    assert guest.owner_problems(before, {**good, "failed": 1}, "6.12", starts=2) == ["1 administration commands failed"]
+    assert guest.legacy_command_problems({"LEGACY_COMMON_CFG_READ": 4, "LEGACY_COMMON_CFG_WRITE": 5}) == [
+        "no LEGACY_DEV_CFG_READ command"
+    ]
 
 
 def test_plan_of_the_matrix() -> None:

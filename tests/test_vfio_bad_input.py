@@ -805,6 +805,44 @@ def test_gone_while_the_server_wants_memory(victim: VfioClient, group: RunningGr
             memory.close()
 
 
+def test_a_client_that_never_answers(victim: VfioClient, bystander: Bystander) -> None:
+    """Its memory can be had only by asking, and it doesn't answer: its own commands are, each within a second or so.
+
+    QEMU gives up on a reply after five, and on the whole device with it.
+    """
+    function = PciFunction(victim)
+    function.place_bars()
+    function.enable()
+    memory = GuestMemory(shared=False)
+    memory.attach(victim)
+    device = LegacyDevice(BarRegisters(function), function)
+    device.negotiate()
+    blk = BlkDriver(device.setup_queue(0, memory))
+    device.driver_ok()
+    blk.start(BlkType.IN, 0, size=4096, kick=False)
+    blk.queue.ring.publish()
+
+    def ask(command: int, payload: bytes) -> None:
+        number = victim.send(command, payload)
+        started = time.monotonic()
+        while True:
+            message = victim.receive(3)
+            # What the server asks for is left unanswered.
+            if message.is_reply and message.id == number:
+                break
+        assert time.monotonic() - started < 1.5, f"command {command}: {time.monotonic() - started:.2f} s"
+        bystander.well()
+
+    ask(CommandCode.REGION_WRITE, victim.access_payload(0, 16, 2, b"\0\0"))
+    ask(CommandCode.REGION_READ, victim.access_payload(RegionIndex.CONFIG, 0, 4))
+    ask(CommandCode.REGION_WRITE, victim.access_payload(0, 18, 1, b"\0"))
+    ask(CommandCode.REGION_READ, victim.access_payload(0, 18, 1))
+    ask(CommandCode.DEVICE_RESET, b"")
+    ask(CommandCode.DMA_UNMAP, victim.dma_unmap_payload(memory.base, memory.size))
+    ask(CommandCode.REGION_READ, victim.access_payload(RegionIndex.CONFIG, 0, 4))
+    memory.close()
+
+
 def test_silence_within_a_message(victim: VfioClient, bystander: Bystander) -> None:
     """Half a message, and nothing more: nobody waits for the rest."""
     _, data = victim.encode(CommandCode.REGION_WRITE, victim.access_payload(7, 0x3C, 64, bytes(64)))

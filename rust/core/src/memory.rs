@@ -548,7 +548,10 @@ impl MemoryMap {
     /// The parts of some buffers of this map that lie in shadows, none longer than [`SHADOW_PIECE`].
     pub fn shadows(&self, buffers: &Buffers) -> Vec<ShadowPiece> {
         let mut pieces = Vec::new();
+        let mut behind = 0;
         for iov in &buffers.iov {
+            let start = behind;
+            behind += iov.iov_len as u64;
             let address = iov.iov_base as u64;
             // Buffers are cut at the ends of regions, so the start says where all of it is.
             let found = self.regions.iter().find_map(|region| {
@@ -571,6 +574,7 @@ impl MemoryMap {
                     remote: Arc::clone(remote),
                     guest: region.guest + skip + done as u64,
                     writable: region.writable,
+                    start: start + done as u64,
                     buffers: piece,
                 });
                 done += len;
@@ -929,6 +933,8 @@ pub struct ShadowPiece {
     remote: Arc<dyn RemoteMemory>,
     guest: u64,
     writable: bool,
+    /// Bytes of the buffers before this piece.
+    start: u64,
     buffers: Buffers,
 }
 
@@ -944,17 +950,21 @@ impl ShadowPiece {
         Ok(())
     }
 
-    /// Makes the memory what the shadow is, unless it is read-only.
+    /// Makes the memory what the shadow is in the bytes from `from` up to `to` of the buffers that this is a piece of,
+    /// unless it is read-only.
     ///
     /// # Errors
     /// `dma.*`.
-    pub fn store(&self) -> Result<(), Fault> {
-        if !self.writable {
+    pub fn store(&self, from: u64, to: u64) -> Result<(), Fault> {
+        let end = self.start + self.buffers.len();
+        let (from, to) = (from.max(self.start), to.min(end));
+        if !self.writable || from >= to {
             return Ok(());
         }
-        let mut bytes = vec![0; self.buffers.len() as usize];
+        let skip = (from - self.start) as usize;
+        let mut bytes = vec![0; (to - self.start) as usize];
         self.buffers.read(&mut bytes);
-        self.remote.write(self.guest, &bytes)
+        self.remote.write(self.guest + skip as u64, &bytes[skip..])
     }
 
     /// Forgets what the shadow holds.

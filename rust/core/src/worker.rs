@@ -723,7 +723,8 @@ impl Worker {
 
     /// Visits the sources that something has happened to.
     fn visit(&mut self) {
-        for key in std::mem::take(&mut self.woken) {
+        let mut woken = std::mem::take(&mut self.woken);
+        for key in woken.drain(..) {
             let Some(held) = self.sources.get_mut(&key) else {
                 continue;
             };
@@ -759,6 +760,9 @@ impl Worker {
                 self.set_alarm(deadline);
             }
         }
+        // Keeps the allocation.
+        woken.append(&mut self.woken);
+        self.woken = woken;
     }
 
     fn add_source(&mut self, key: u64, mut source: Box<dyn Source>) {

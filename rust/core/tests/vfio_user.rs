@@ -648,7 +648,7 @@ fn nobody_waits_for_a_second() {
     assert_eq!((reply.flags, reply.error), (0x21, libc::ETIMEDOUT as u32));
     let waited = begin.elapsed();
     assert!(
-        waited > Duration::from_millis(700) && waited < Duration::from_secs(1),
+        waited > Duration::from_millis(700) && waited < Duration::from_millis(1500),
         "{waited:?}"
     );
     assert_eq!(bed.fake.deeds().given_up, 1);
@@ -691,7 +691,7 @@ fn those_who_wait_behind_wait_no_longer() {
     }
     let id = client.send(REGION_READ, 0, &access(SLOW, 0, &[0; 1])[..16]);
     assert_eq!(client.answer(id, REGION_READ), Err(libc::ETIMEDOUT as u32));
-    assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_millis(1500), "{:?}", begin.elapsed());
     let deeds = bed.fake.deeds();
     assert_eq!((deeds.writes.len(), deeds.given_up), (100, 101));
 }
@@ -736,7 +736,7 @@ fn a_client_leaves_while_it_waits() {
         let begin = Instant::now();
         drop(client);
         bed.free();
-        assert!(begin.elapsed() < Duration::from_millis(500), "at once");
+        assert!(begin.elapsed() < Duration::from_millis(750), "at once");
         // The waker of somebody who is gone.
         bed.fake.wake();
     }
@@ -979,13 +979,16 @@ fn a_flood_does_not_drown_others() {
         }
     });
     until("flooded", || bed.server.statistics().messages > 10_000);
-    let mut worst = Duration::ZERO;
-    for _ in 0..200 {
-        let begin = Instant::now();
-        good.read(0, 0, 4).unwrap();
-        worst = worst.max(begin.elapsed());
-    }
-    assert!(worst < Duration::from_millis(200), "{worst:?}");
+    // The middle one: a machine that is busy with other things may hold up any single one.
+    let mut times: Vec<Duration> = (0..200)
+        .map(|_| {
+            let begin = Instant::now();
+            good.read(0, 0, 4).unwrap();
+            begin.elapsed()
+        })
+        .collect();
+    times.sort();
+    assert!(times[100] < Duration::from_millis(50), "{times:?}");
     stop.send(()).unwrap();
     flooder.join().unwrap();
 }
@@ -1036,7 +1039,8 @@ fn a_function_that_is_attached_elsewhere() {
         until("counted", || bed.server.statistics().refused == n);
     }
     bed.fake.busy.store(false, Ordering::Relaxed);
-    assert!(bed.client().read(0, 0, 1).is_ok());
+    let mut client = bed.client();
+    assert!(client.read(0, 0, 1).is_ok());
     assert_eq!(bed.fake.deeds().detached, 0, "what wasn't attached isn't detached");
 }
 

@@ -766,6 +766,10 @@ impl Device for Blk {
         self.options.queue_size
     }
 
+    fn tail(&self) -> u32 {
+        1
+    }
+
     fn config_fields(&self) -> &'static [ConfigField] {
         &CONFIG_FIELDS
     }

@@ -216,6 +216,10 @@ pub trait Device: Send + Sync {
     fn queues(&self) -> u16;
     /// Largest queue size.
     fn queue_size(&self) -> u16;
+    /// Bytes at the end of the writable part that a request may write whatever its used length says (a status byte).
+    fn tail(&self) -> u32 {
+        0
+    }
     /// Requests are carried out one at a time, in the order of the ring.
     fn serial(&self) -> bool {
         false

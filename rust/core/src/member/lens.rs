@@ -503,12 +503,23 @@ impl Member {
     }
 
     fn ring_stopped(&self, index: usize) {
-        if let Some(queue) = self.lock().queues.get_mut(index) {
+        let mut registers = self.lock();
+        if let Some(queue) = registers.queues.get_mut(index) {
             queue.collect();
             if queue.resetting {
                 let size = queue.size;
                 queue.clear(size);
             }
+        }
+        self.end_reset(&mut registers);
+    }
+
+    /// A reset is over with the last ring; at once, since others may ask before those who wait are told.
+    fn end_reset(&self, registers: &mut Registers) {
+        let stopping = |queue: &Queue| matches!(queue.run, Run::Stopping(_));
+        if registers.resetting.is_some() && !registers.draining && !registers.queues.iter().any(stopping) {
+            registers.resetting = None;
+            self.owner.mend();
         }
     }
 
@@ -518,14 +529,7 @@ impl Member {
         if registers.draining {
             return;
         }
-        let busy = registers
-            .queues
-            .iter()
-            .any(|queue| matches!(queue.run, Run::Stopping(_)));
-        if registers.resetting.is_some() && !busy {
-            registers.resetting = None;
-            self.owner.mend();
-        }
+        self.end_reset(&mut registers);
         self.start_ready(&mut registers);
     }
 

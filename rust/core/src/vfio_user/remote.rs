@@ -338,6 +338,8 @@ struct Slot {
     map: Arc<MemoryMap>,
     /// What the device may have written when it is done.
     stores: Vec<ShadowPiece>,
+    /// Bytes of the request's writable part.
+    room: u64,
     /// It is in flight.
     busy: bool,
 }
@@ -671,6 +673,7 @@ impl Queue {
                     request: Request::default(),
                     map: Arc::clone(&self.map),
                     stores: Vec::new(),
+                    room: 0,
                     busy: false,
                 });
                 (self.slots.len() - 1) as u16
@@ -711,8 +714,10 @@ impl Queue {
             }
         }
         slot.stores = self.map.shadows(&slot.request.chain.writable);
+        // Before the device takes pieces of it.
+        slot.room = slot.request.chain.writable.len();
         for piece in &slot.stores {
-            // All of it is stored in the end, whatever the device makes of it; nothing old shall be among that.
+            // What is stored in the end may be a bit more than the device wrote; nothing old shall be among that.
             piece.clear();
         }
         let context = QueueContext {
@@ -819,8 +824,11 @@ impl Queue {
             Err(trouble) => return Err(trouble),
         }
         let slot = &mut self.slots[usize::from(number)];
+        // What was written, and the place of a status behind it; not what the device was only given room for.
+        let tail = slot.room.saturating_sub(u64::from(self.device.tail()));
         for piece in slot.stores.drain(..) {
-            piece.store()?;
+            piece.store(0, u64::from(written))?;
+            piece.store(tail.max(u64::from(written)), slot.room)?;
         }
         let head = slot.request.chain.head;
         slot.request.scratch.clear();
