@@ -590,8 +590,8 @@ fn what_a_request_brings_comes_before_its_notice() {
         let rest = position(DATA + 0x300, 256);
         let status = position(DATA + 0x6000, 1);
         let (element, notice) = if features & PACKED == 0 {
-            // Head 0 is no change.
-            (position(ring + 8, 4), position(ring, 4))
+            // The whole element, though a head of 0 is no change.
+            (position(ring + 4, 8), position(ring, 4))
         } else {
             (position(ring + 8, 4), position(ring + 12, 4))
         };

@@ -283,6 +283,18 @@ impl Area {
         self.fetch(0, self.image.len(), hurry)
     }
 
+    /// What is at `offset` remotely isn't known any more, so that it will be stored: it may be what it is to become, and then
+    /// again the driver may have cleared it meanwhile.
+    fn forget(&mut self, offset: usize, len: usize) {
+        let mut now = vec![0; len];
+        if let Some(image) = self.image.get_mut(offset..offset + len) {
+            self.host.read(offset, &mut now);
+            for (known, byte) in image.iter_mut().zip(now) {
+                *known = !byte;
+            }
+        }
+    }
+
     /// Stores what has been changed here, in units of four bytes: fields that belong together arrive together.
     fn store(&mut self) -> Outcome<()> {
         const UNIT: usize = 4;
@@ -835,7 +847,11 @@ impl Queue {
         let (Some(areas), Some(ring)) = (&mut self.areas, &mut self.ring) else {
             return Ok(());
         };
+        let element = 4 + 8 * (usize::from(ring.used_idx()) % usize::from(self.setup.size));
         ring.push_used(head, written);
+        if !ring.is_packed() {
+            areas.device.forget(element, 8);
+        }
         areas.store()?;
         ring.publish();
         areas.store()?;
