@@ -68,6 +68,8 @@ async def member_state(group: ServedGroup, member: int, state: str) -> dict[str,
 
 
 async def boot(socket: Path, directory: Path, **options: Any) -> GuestResult:
+    """A guest of the usual QEMU; it writes little unless told otherwise."""
+    options = {"guest_kib": LITTLE_KIB, **options}
     return await guest.boot(socket, qemu=QEMU, via="vfio-user", log_dir=directory / "vm", **options)
 
 
@@ -108,9 +110,7 @@ async def test_owner_after_a_reboot(tmp_path: Path, kernel: str) -> None:
     image, host_sum = make_image(tmp_path)
     async with guest.serve_group([], tmp_path, owner=OwnerSpec(image)) as group:
         before = await group.owner()
-        result = await boot(
-            group.owner_socket(), tmp_path, kernel=kernel, task="reboot", guest_kib=LITTLE_KIB, port=True
-        )
+        result = await boot(group.owner_socket(), tmp_path, kernel=kernel, task="reboot", port=True)
         after = await group.owner()
     assert result.boots == 2
     assert result.complaints == ()
@@ -137,7 +137,13 @@ async def test_legacy_function(
     image, host_sum = make_image(tmp_path)
     async with guest.serve_group([MemberSpec(image, vfio_user=True, vectors=vectors)], tmp_path) as group:
         result = await boot(
-            group.function_socket(1, "legacy"), tmp_path, kernel=kernel, mode="legacy", append=append, port=port
+            group.function_socket(1, "legacy"),
+            tmp_path,
+            kernel=kernel,
+            mode="legacy",
+            append=append,
+            port=port,
+            guest_kib=guest.GUEST_KIB,
         )
         member = await member_state(group, 1, "detached")
         trace = await group.qmp("query-trace", {"id": 1})
@@ -219,6 +225,7 @@ async def test_two_members_in_one_guest(tmp_path: Path) -> None:
             ),
             qemu=QEMU,
             machine="pc",
+            guest_kib=LITTLE_KIB,
             log_dir=tmp_path / "vm",
         )
         async with guest.open_vm(config) as vm:
@@ -271,6 +278,7 @@ async def test_memory_that_is_not_shared(tmp_path: Path, kind: Kind, kernel: str
             kernel=kernel,
             qemu=QEMU,
             shared_memory=False,
+            guest_kib=LITTLE_KIB,
             log_dir=tmp_path / "vm",
         )
         before = await group.owner()
@@ -373,7 +381,7 @@ async def test_reset_and_kill_amid_io(tmp_path: Path) -> None:
         member = await member_state(group, 1, "detached")
         assert member["last-error"] is None
         # The next client finds everything as the first one did.
-        result = await boot(socket, tmp_path, kernel="5.10", mode="legacy", task="reboot", guest_kib=LITTLE_KIB)
+        result = await boot(socket, tmp_path, kernel="5.10", mode="legacy", task="reboot")
     assert result.complaints == ()
     assert list(guest.check_image(image, result, host_sum)) == []
 
@@ -460,7 +468,7 @@ async def test_front_ends_take_turns(tmp_path: Path) -> None:
         first = await guest.boot(group.socket(1), mode="legacy", guest_kib=LITTLE_KIB, log_dir=tmp_path / "first")
         assert list(guest.check_image(image, first, host_sum)) == []
         socket = group.function_socket(1, "legacy")
-        second = await boot(socket, tmp_path, mode="legacy", guest_kib=LITTLE_KIB)
+        second = await boot(socket, tmp_path, mode="legacy")
         assert list(guest.check_image(image, second, host_sum)) == []
         assert second.complaints == ()
         config = VmConfig(

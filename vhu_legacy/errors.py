@@ -12,6 +12,9 @@ texts.
      +-- ClientError     a running group can't be found, reached, or refuses a command
      +-- GuestError      a guest didn't boot or failed its task
      +-- ImagesError     guest kernels or QEMU packages can't be fetched or built
+     +-- AdminError      an administration command failed; one class for each status (in `admin`)
+     +-- VfioError       a vfio-user server is gone, breaks the protocol or refuses a request (in `vfio_client`)
+     +-- DriverError     the scripted PCI driver can't do what it was asked to (in `virtio_driver`)
 
 What the native half raises (`_native.NativeError` and below) is turned into one of these where the message is
 for the person at the terminal.
