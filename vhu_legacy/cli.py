@@ -1205,8 +1205,8 @@ def conformance(owner: Path, members: tuple[tuple[int, Path], ...], only: tuple[
     """Check an owner of any make, served over vfio-user, against the specification's rules for administration commands.
 
     What can be checked of members needs a function of theirs, too: modern, or transitional, which has an I/O BAR to be
-    checked as well. Checks only read from disks, but reset everything they are given. Exit status 1 when a MUST is broken;
-    a group of ours with Linux's defaults breaks six on purpose, one with strict = true none.
+    checked as well. Checks only read from disks, but reset everything they are given. Exit status 1 when a MUST is
+    broken; a group of ours with Linux's defaults breaks six on purpose, one with strict = true none.
     """
     from .conformance import main_run, render
 
