@@ -162,7 +162,8 @@ class DeviceGroup:
         """vf_enable, num_vfs, total_vfs, strict, feature_management, notify_region, admin_queues, compat {}, supported
         and used_lists {self, sr_iov: [opcode]}, device_capabilities and capabilities {get_limit, set_limit}, objects
         [{type, id, member, operation}], function {used_lists, capabilities, objects} of the PCI function's driver,
-        commands {name: count}, failed, queues and forwarders [{index, submitted, completed}]."""
+        commands {name: count}, failed, queues [{index, submitted, completed}], forwarded (commands of the
+        legacy functions)."""
     def submit(self, queue: int, readable: bytes, writable: int) -> tuple[int, bytes | None]:
         """Put one command into an in-process queue: its device-readable part, and how many bytes the device may write.
 

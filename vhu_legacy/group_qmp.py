@@ -266,7 +266,7 @@ OWNER: Final = Object(
         "commands": COUNTS,
         "failed": INT,
         "queues": ADMIN_QUEUES,
-        "forwarders": ADMIN_QUEUES,
+        "forwarded": INT,
         "device": nullable(Object(DEVICE)),
         "function": nullable(Object({**FUNCTION.members, **DRIVER})),
         "peer-pid": nullable(INT),

@@ -78,7 +78,7 @@ fn pong(mut stream: UnixStream) {
 pub(crate) fn accesses(rounds: usize, count: usize) -> Result<(), Failure> {
     let (pool, group) = group(1, 1)?;
     let member = group.member(1).ok_or("no member")?;
-    let ports = Arc::new(Forwarder::new(Arc::clone(&group), Arc::clone(&member)));
+    let ports = Arc::new(Forwarder::new(Arc::clone(&group), Arc::clone(&member))?);
     let function = Function::legacy(member, ports)?;
     let path = std::env::temp_dir().join(format!("vhu-bench-{}.sock", std::process::id()));
     let listener = UnixListener::bind(&path)?;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What Rust has to tell Python: a queue of events behind one eventfd, and completions that many may have to report.
 
+use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -61,10 +62,91 @@ pub enum Event {
     },
 }
 
-/// The event queue of a group. Events are control-plane only and bounded by what a front end can trigger per message.
+/// Events of a kind that a guest can cause as fast as it likes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    Status,
+    Broken,
+    Config,
+    Connected(&'static str),
+    Disconnected(&'static str),
+}
+
+/// Events of one kind and member that may wait; beyond, the last one stands for the rest.
+const MOST: usize = 16;
+
+/// Events that wait, at most a few for each member: what a guest can repeat is merged.
+#[derive(Default)]
+struct Queue {
+    events: Vec<Option<Event>>,
+    /// How many there are of a kind, and where the last one is.
+    places: HashMap<(u32, Kind), (usize, usize)>,
+}
+
+impl Queue {
+    fn push(&mut self, event: Event) {
+        let key = match &event {
+            Event::Done { .. } => {
+                self.events.push(Some(event));
+                return;
+            }
+            Event::Status { member, .. } => (*member, Kind::Status),
+            Event::Broken { member, .. } => (*member, Kind::Broken),
+            Event::Config { member } => (*member, Kind::Config),
+            Event::FunctionConnected { member, function, .. } => (*member, Kind::Connected(function)),
+            Event::FunctionDisconnected { member, function, .. } => (*member, Kind::Disconnected(function)),
+        };
+        match key.1 {
+            // The last one is what counts; of a status also where it began.
+            Kind::Status | Kind::Broken | Kind::Config => {
+                let full = self.places.get(&key).filter(|(count, _)| *count >= MOST);
+                let waiting = full.and_then(|&(_, place)| self.events[place].as_mut());
+                match (waiting, event) {
+                    (Some(Event::Status { new, .. }), Event::Status { new: now, .. }) => *new = now,
+                    (Some(waiting), event) => *waiting = event,
+                    (None, event) => self.add(key, event),
+                }
+            }
+            // A client that came and left while nobody looked need not be told of.
+            Kind::Connected(function) => {
+                let left = (key.0, Kind::Disconnected(function));
+                if self.places.contains_key(&key) && self.places.contains_key(&left) {
+                    self.forget(key);
+                    self.forget(left);
+                }
+                self.add(key, event);
+            }
+            Kind::Disconnected(function) => {
+                if self.places.contains_key(&key) {
+                    self.forget((key.0, Kind::Connected(function)));
+                } else {
+                    self.add(key, event);
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, key: (u32, Kind), event: Event) {
+        let entry = self.places.entry(key).or_default();
+        *entry = (entry.0 + 1, self.events.len());
+        self.events.push(Some(event));
+    }
+
+    fn forget(&mut self, key: (u32, Kind)) {
+        if let Some((_, place)) = self.places.remove(&key) {
+            self.events[place] = None;
+            // Places that nobody needs any more, when they are the last.
+            while matches!(self.events.last(), Some(None)) {
+                self.events.pop();
+            }
+        }
+    }
+}
+
+/// The event queue of a group. Events are control-plane only.
 pub struct Events {
     fd: OwnedFd,
-    queue: Mutex<Vec<Event>>,
+    queue: Mutex<Queue>,
     tokens: AtomicU64,
 }
 
@@ -80,7 +162,7 @@ impl Events {
         })?;
         Ok(Self {
             fd,
-            queue: Mutex::new(Vec::new()),
+            queue: Mutex::default(),
             tokens: AtomicU64::new(1),
         })
     }
@@ -96,10 +178,22 @@ impl Events {
         sys::eventfd_signal(&self.fd);
     }
 
+    /// Events that wait to be read.
+    pub fn len(&self) -> usize {
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.events.iter().flatten().count()
+    }
+
+    /// Whether none waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// All events so far. The eventfd is drained first, so that an event pushed meanwhile wakes the reader again.
     pub fn take(&self) -> Vec<Event> {
         sys::eventfd_drain(self.fd.as_raw_fd());
-        std::mem::take(&mut *self.queue.lock().unwrap_or_else(PoisonError::into_inner))
+        let queue = std::mem::take(&mut *self.queue.lock().unwrap_or_else(PoisonError::into_inner));
+        queue.events.into_iter().flatten().collect()
     }
 
     /// A completion whose `Done` event comes when its last clone is dropped.

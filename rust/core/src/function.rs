@@ -19,6 +19,7 @@
 //! Whether BARs are decoded and DMA is allowed (the command register) is for the client to see to: it maps the BARs. Accesses
 //! that come are answered.
 
+use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -130,6 +131,10 @@ pub trait IoPorts: Send + Sync {
     fn resume(&self, data: &mut [u8], wake: &dyn Fn() -> Waker) -> Access;
     /// Nobody waits any longer for the access that was [`Access::Later`].
     fn give_up(&self);
+    /// The client is gone: what it has asked for and hasn't been begun must not happen any more.
+    fn leave(&self) {
+        self.give_up();
+    }
 }
 
 impl IoPorts for Forwarder {
@@ -147,6 +152,10 @@ impl IoPorts for Forwarder {
 
     fn give_up(&self) {
         Self::give_up(self);
+    }
+
+    fn leave(&self) {
+        Self::leave(self);
     }
 }
 
@@ -744,10 +753,19 @@ impl Function {
                 vectors, intx, signals, ..
             } = &mut *state;
             if index == IRQ_INTX {
-                signals.extend(intx.clone().filter(|_| count != 0));
+                let new = |fd: &Arc<OwnedFd>| count != 0 && !signals.iter().any(|other| Arc::ptr_eq(other, fd));
+                let fd = intx.clone().filter(new);
+                signals.extend(fd);
             } else {
                 let range = vectors.iter().skip(start as usize).take(count as usize);
-                signals.extend(range.flatten().cloned());
+                // What hasn't been sent yet needn't be sent twice; and a client could have it grow.
+                let known: HashSet<_> = signals.iter().map(Arc::as_ptr).collect();
+                let new: Vec<_> = range
+                    .flatten()
+                    .filter(|fd| !known.contains(&Arc::as_ptr(fd)))
+                    .cloned()
+                    .collect();
+                signals.extend(new);
             }
         }
         self.wake();
@@ -900,7 +918,7 @@ impl PciFunction for Function {
             state.signals = Vec::new();
         }
         if let Some(ports) = &self.ports {
-            ports.give_up();
+            ports.leave();
         }
         self.restore_vfs();
         self.member.detach_function(done);

@@ -315,12 +315,18 @@ impl Runner {
     /// harm, a lost one stops the guest.
     pub fn set_call(&mut self, call: Call, uring: &mut Uring) {
         let old = std::mem::replace(&mut self.call, call);
+        // With INTx before and after, the ISR status says whether an interrupt is due; to make one up would make the next
+        // each time it is unmasked.
+        let due = match (&old.isr, &self.call.isr) {
+            (Some(_), Some(isr)) => isr.load(Ordering::Acquire) != 0,
+            _ => self.ring.used_idx() != 0 || self.stats.calls.load(Ordering::Relaxed) != 0,
+        };
         if self.signalling {
             // Kept open until the kernel is done with it; one that doesn't get through is given up.
             self.old_call = self.old_call.take().or(old.fd);
             self.give_up(uring);
         }
-        if self.ring.used_idx() != 0 || self.stats.calls.load(Ordering::Relaxed) != 0 {
+        if due {
             self.signal(uring);
         }
     }

@@ -10,7 +10,7 @@
 //! every request taken afterwards; then kicked queues take a batch each; then one submit for all I/O; completions;
 //! one publish per queue touched; one more submit for the interrupts.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -42,6 +42,8 @@ pub const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
 const LINGER: Duration = Duration::from_millis(100);
 /// Pieces of long copies made each time completions are looked at; more wait, so that everybody else gets a turn.
 const COPIES: u32 = 2;
+/// Commands carried out in one turn: whoever sends many doesn't keep requests waiting.
+const COMMANDS_PER_TURN: usize = 256;
 /// Turns without a look at epoll while queues are busy.
 const TURNS_PER_POLL: u32 = 8;
 
@@ -118,6 +120,7 @@ enum Command {
     Stop(u64, Completion),
     Enable(u64, bool, Completion),
     SetCall(u64, Call, Completion),
+    Rewire(u64, Arc<Mutex<Option<Call>>>),
     SetKick(u64, Arc<OwnedFd>, Completion),
     Resume(u64, u16),
     SetMemory(u64, Arc<MemoryMap>, Completion),
@@ -166,6 +169,8 @@ pub struct QueueHandle {
     /// Number of the worker.
     pub worker_index: u32,
     key: u64,
+    /// What `rewire` has in store.
+    call: Arc<Mutex<Option<Call>>>,
 }
 
 impl QueueHandle {
@@ -183,6 +188,15 @@ impl QueueHandle {
     /// Replaces the way the driver is interrupted.
     pub fn set_call(&self, call: Call, done: Completion) {
         self.worker.send(Command::SetCall(self.key, call, done));
+    }
+
+    /// Replaces the way the driver is interrupted, soon; what comes quickly after another takes its place. A client can cause
+    /// these as fast as it likes, and pays nothing.
+    pub fn rewire(&self, call: Call) {
+        let before = self.call.lock().unwrap_or_else(PoisonError::into_inner).replace(call);
+        if before.is_none() {
+            self.worker.send(Command::Rewire(self.key, Arc::clone(&self.call)));
+        }
     }
 
     /// Replaces the kick eventfd.
@@ -254,6 +268,9 @@ impl SourceIo<'_> {
 #[derive(Default)]
 struct Signals {
     under_way: Vec<Option<Arc<OwnedFd>>>,
+    free: Vec<usize>,
+    /// Addresses of those under way.
+    known: HashSet<usize>,
 }
 
 impl Signals {
@@ -261,10 +278,11 @@ impl Signals {
     const MOST: usize = 4096;
 
     fn send(&mut self, fd: &Arc<OwnedFd>, uring: &mut Uring) {
-        if self.under_way.iter().flatten().any(|other| Arc::ptr_eq(other, fd)) {
+        let address = Arc::as_ptr(fd) as usize;
+        if self.known.contains(&address) {
             return;
         }
-        let index = match self.under_way.iter().position(Option::is_none) {
+        let index = match self.free.pop() {
             Some(index) => index,
             None if self.under_way.len() < Self::MOST => {
                 self.under_way.push(None);
@@ -272,13 +290,16 @@ impl Signals {
             }
             None => return,
         };
+        self.known.insert(address);
         self.under_way[index] = Some(Arc::clone(fd));
         uring.signal(fd.as_raw_fd(), ((SIGNALS + index) as u64) << 16);
     }
 
     fn ended(&mut self, number: usize) {
-        if let Some(slot) = self.under_way.get_mut(number - SIGNALS) {
-            *slot = None;
+        let index = number - SIGNALS;
+        if let Some(fd) = self.under_way.get_mut(index).and_then(Option::take) {
+            self.known.remove(&(Arc::as_ptr(&fd) as usize));
+            self.free.push(index);
         }
     }
 
@@ -390,6 +411,7 @@ impl Pool {
             worker,
             worker_index: index as u32,
             key,
+            call: Arc::default(),
         }
     }
 
@@ -981,9 +1003,13 @@ impl Worker {
     }
 
     fn handle_commands(&mut self) {
-        while let Ok(command) = self.commands.try_recv() {
+        for _ in 0..COMMANDS_PER_TURN {
+            let Ok(command) = self.commands.try_recv() else { return };
             self.handle(command);
         }
+        // There may be more: in the next turn, which doesn't wait.
+        self.pending.store(true, Ordering::Release);
+        sys::eventfd_signal(&self.wake);
     }
 
     fn index_of(&self, key: u64) -> Option<usize> {
@@ -1013,6 +1039,14 @@ impl Worker {
             }
             Command::SetCall(key, call, _done) => {
                 if let Some(index) = self.index_of(key) {
+                    if let Some(Some(queue)) = self.queues.get_mut(index) {
+                        queue.runner.set_call(call, &mut self.uring);
+                    }
+                }
+            }
+            Command::Rewire(key, call) => {
+                let call = call.lock().unwrap_or_else(PoisonError::into_inner).take();
+                if let (Some(index), Some(call)) = (self.index_of(key), call) {
                     if let Some(Some(queue)) = self.queues.get_mut(index) {
                         queue.runner.set_call(call, &mut self.uring);
                     }

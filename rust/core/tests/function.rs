@@ -564,7 +564,7 @@ fn group(member: &Arc<Member>, notify_region: bool) -> (Arc<DeviceGroup>, Arc<dy
     };
     let group = DeviceGroup::new(Arc::clone(member.pool()), options).unwrap();
     group.add(Arc::clone(member)).unwrap();
-    let ports = Arc::new(Forwarder::new(Arc::clone(&group), Arc::clone(member)));
+    let ports = Arc::new(Forwarder::new(Arc::clone(&group), Arc::clone(member)).unwrap());
     (group, ports)
 }
 

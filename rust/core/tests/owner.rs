@@ -602,7 +602,7 @@ fn the_bar_of_a_legacy_function_is_commands() {
         let member = bed.add(1, blk("ram:1048576"));
         let guest = Guest::new(BASE, SIZE);
         bed.attach(&member, &guest);
-        let bar = Forwarder::new(Arc::clone(&bed.group), Arc::clone(&member));
+        let bar = Forwarder::new(Arc::clone(&bed.group), Arc::clone(&member)).unwrap();
         let never = || -> Waker { Box::new(|| {}) };
         let read = |offset: u64, len: usize| {
             let mut data = vec![0; len];

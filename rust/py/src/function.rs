@@ -29,8 +29,10 @@ fn made(py: Python<'_>, result: vhu_core::error::Result<Arc<function::Function>>
         .map_err(|error| to_py(py, &error))
 }
 
-fn forwarder(group: &DeviceGroup, member: &Member) -> Arc<Forwarder> {
-    Arc::new(Forwarder::new(Arc::clone(&group.inner), Arc::clone(&member.inner)))
+fn forwarder(py: Python<'_>, group: &DeviceGroup, member: &Member) -> PyResult<Arc<Forwarder>> {
+    Forwarder::new(Arc::clone(&group.inner), Arc::clone(&member.inner))
+        .map(Arc::new)
+        .map_err(|error| to_py(py, &error))
 }
 
 #[pymethods]
@@ -43,13 +45,13 @@ impl Function {
 
     #[staticmethod]
     fn legacy(py: Python<'_>, group: &DeviceGroup, member: &Member) -> PyResult<Self> {
-        let ports = forwarder(group, member);
+        let ports = forwarder(py, group, member)?;
         made(py, function::Function::legacy(Arc::clone(&member.inner), ports))
     }
 
     #[staticmethod]
     fn transitional(py: Python<'_>, group: &DeviceGroup, member: &Member) -> PyResult<Self> {
-        let ports = forwarder(group, member);
+        let ports = forwarder(py, group, member)?;
         made(py, function::Function::transitional(Arc::clone(&member.inner), ports))
     }
 

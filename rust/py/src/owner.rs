@@ -200,7 +200,7 @@ impl DeviceGroup {
             Ok(list)
         };
         dict.set_item("queues", queues(&info.queues)?)?;
-        dict.set_item("forwarders", queues(&info.forwarders)?)?;
+        dict.set_item("forwarded", info.forwarded)?;
         Ok(dict)
     }
 

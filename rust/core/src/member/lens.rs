@@ -196,6 +196,10 @@ impl Member {
         if registers.attached {
             return Err(Error::Busy(self.id(), "another front end is attached"));
         }
+        if !registers.stopped {
+            // Its owner may have written registers with nobody attached (of a stopped device on purpose: device parts).
+            self.forget(&mut registers);
+        }
         registers.attached = true;
         registers.front = Some(kind);
         registers.connections += 1;
@@ -270,7 +274,9 @@ impl Member {
     pub fn set_intx(&self, fd: Option<Arc<OwnedFd>>) {
         let mut registers = self.lock();
         registers.lines.intx = fd;
-        self.rewire(&registers, |_| true);
+        if !registers.lines.msix_enabled {
+            self.rewire(&registers, |_| true);
+        }
     }
 
     /// Whether INTx is asserted: the interrupt handler hasn't read the ISR status yet.
@@ -283,7 +289,7 @@ impl Member {
     fn rewire(&self, registers: &Registers, which: impl Fn(&Queue) -> bool) {
         for queue in registers.queues.iter().filter(|queue| which(queue)) {
             if let Some(handle) = queue.running() {
-                handle.set_call(registers.lines.call(queue.vector), Completion::call(|| {}));
+                handle.rewire(registers.lines.call(queue.vector));
             }
         }
     }
@@ -307,8 +313,17 @@ impl Member {
     pub fn config_changed(&self) -> bool {
         let mut registers = self.lock();
         registers.config_generation = registers.config_generation.wrapping_add(1);
+        Self::tell_config(&mut registers)
+    }
+
+    fn tell_config(registers: &mut Registers) -> bool {
         let function = matches!(registers.front, Some(front) if front != Front::VhostUser);
-        if !function || registers.status & status::DRIVER_OK == 0 || registers.stopped {
+        if !function || registers.status & status::DRIVER_OK == 0 {
+            return false;
+        }
+        if registers.stopped {
+            // When it goes on.
+            registers.config_pending = true;
             return false;
         }
         let vector = registers.config_vector;
@@ -491,10 +506,11 @@ impl Member {
             // Each ring by itself reports that it has stopped: others may be told to stop, and take longer.
             let member = Arc::downgrade(self);
             let after = done.clone();
+            let starts = queue.starts;
             queue.stop(|| {
                 Completion::call(move || {
                     if let Some(member) = member.upgrade() {
-                        member.ring_stopped(index);
+                        member.ring_stopped(index, starts);
                     }
                     drop(after);
                 })
@@ -502,9 +518,10 @@ impl Member {
         }
     }
 
-    fn ring_stopped(&self, index: usize) {
+    fn ring_stopped(&self, index: usize, starts: u64) {
         let mut registers = self.lock();
-        if let Some(queue) = registers.queues.get_mut(index) {
+        // Of this ring, not of one that was started in its place.
+        if let Some(queue) = registers.queues.get_mut(index).filter(|queue| queue.starts == starts) {
             queue.collect();
             if queue.resetting {
                 let size = queue.size;
@@ -518,6 +535,8 @@ impl Member {
     fn end_reset(&self, registers: &mut Registers) {
         let stopping = |queue: &Queue| matches!(queue.run, Run::Stopping(_));
         if registers.resetting.is_some() && !registers.draining && !registers.queues.iter().any(stopping) {
+            // Once more: an administration queue may have executed commands until it stopped.
+            self.was_reset();
             registers.resetting = None;
             self.owner.mend();
         }
@@ -551,6 +570,9 @@ impl Member {
     pub fn resume_device(&self) {
         let mut registers = self.lock();
         registers.stopped = false;
+        if std::mem::take(&mut registers.config_pending) {
+            Self::tell_config(&mut registers);
+        }
         self.start_ready(&mut registers);
     }
 
@@ -591,7 +613,7 @@ impl Member {
             let select = registers.queue_select;
             let call = registers.lines.call(vector);
             if let Some(handle) = registers.queues[usize::from(select)].running() {
-                handle.set_call(call, Completion::call(|| {}));
+                handle.rewire(call);
             }
         }
     }
@@ -743,7 +765,12 @@ impl Member {
         if select >= usize::from(self.device.queues()) {
             return Progress::Done;
         }
-        let running = registers.queues[select].running().is_some();
+        let running = match registers.queues[select].run {
+            Run::Stopped => false,
+            Run::Running(_) => true,
+            // By a reset: its driver goes on, and this ring starts when the old one has ended.
+            Run::Stopping(_) => registers.resetting.is_none(),
+        };
         if running {
             self.stop_function(registers, last, wake, |index, _| index == select);
         }

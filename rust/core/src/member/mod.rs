@@ -116,6 +116,14 @@ impl Handle {
         }
     }
 
+    /// As `set_call`, for those who don't wait.
+    fn rewire(&self, call: Call) {
+        match self {
+            Self::Worker(queue) => queue.rewire(call),
+            Self::Thread(queue) => queue.set_call(call, Completion::call(|| {})),
+        }
+    }
+
     fn set_kick(&self, kick: OwnedFd, done: Completion) {
         match self {
             Self::Worker(queue) => queue.set_kick(kick, done),
@@ -166,6 +174,8 @@ struct Queue {
     call: Option<OwnedFd>,
     enabled: bool,
     run: Run,
+    /// Times it has been started: tells the end of an old ring from that of its successor.
+    starts: u64,
     stats: Arc<QueueStats>,
     /// PCI: queue_enable, or a PFN other than 0.
     active: bool,
@@ -229,6 +239,7 @@ impl Queue {
         *self = Self {
             stats,
             run,
+            starts: self.starts,
             discard,
             ..Self::new(size)
         };
@@ -243,6 +254,7 @@ impl Queue {
             call: None,
             enabled: false,
             run: Run::Stopped,
+            starts: 0,
             stats: Arc::default(),
             active: false,
             vector: NO_VECTOR,
@@ -306,6 +318,8 @@ struct Registers {
     resetting: Option<u8>,
     /// Stopped by its owner (DEV_MODE_SET).
     stopped: bool,
+    /// A configuration change is to be told when it goes on.
+    config_pending: bool,
     /// Features that its owner lets it offer.
     assigned: Option<u64>,
     draining: bool,
@@ -451,6 +465,7 @@ impl Member {
                 latch: [0; 24],
                 resetting: None,
                 stopped: false,
+                config_pending: false,
                 assigned: None,
                 draining: false,
                 closed: false,
@@ -615,6 +630,7 @@ impl Member {
         registers.queue_select = 0;
         registers.config_vector = NO_VECTOR;
         registers.latch = [0; 24];
+        registers.config_pending = false;
         registers.resetting = None;
         registers.lines.isr.store(0, Ordering::Relaxed);
         registers.lines.signals.clear();
@@ -752,6 +768,7 @@ impl Member {
             *queue = Queue {
                 stats,
                 call,
+                starts: queue.starts,
                 ..Queue::new(queue.size)
             };
         }
@@ -1063,6 +1080,7 @@ impl Member {
             }))
         };
         queue.from_used = false;
+        queue.starts += 1;
         queue.run = Run::Running(handle);
         Ok(())
     }
@@ -1146,8 +1164,13 @@ impl Member {
         self.with(|registers, last| {
             let map = Arc::new(registers.map.without(guest, size, user)?);
             registers.map = Arc::clone(&map);
-            for handle in registers.queues.iter().filter_map(Queue::running) {
-                handle.set_memory(Arc::clone(&map), done.clone());
+            for queue in &registers.queues {
+                match &queue.run {
+                    Run::Stopped => {}
+                    Run::Running(handle) => handle.set_memory(Arc::clone(&map), done.clone()),
+                    // It takes nothing any more, but what it has taken may still be written there.
+                    Run::Stopping(handle) => handle.stop(done.clone()),
+                }
             }
             *last = Some(done);
             Ok(())

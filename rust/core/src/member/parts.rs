@@ -284,7 +284,15 @@ impl Member {
             }
         }
         let features = changes.features.unwrap_or(registers.driver_features);
-        let enabled = changes.queues.iter().any(|(_, vq)| vq.enabled);
+        let set = |index: usize| changes.queues.iter().rev().find(|(other, _)| *other == index);
+        let enabled = registers
+            .queues
+            .iter()
+            .enumerate()
+            .any(|(index, queue)| match set(index) {
+                Some((_, vq)) => vq.enabled,
+                None => queue.active && queue.from_used,
+            });
         if features & feature::RING_PACKED != 0 && enabled {
             return Err(Invalid("VQ_CFG: no part carries the position of a packed ring"));
         }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use super::command::{Command, Execution, Failure, Reply, Touched, COUNTED, RESULT_HEADER};
+use super::command::{Command, Execution, Failure, Reply, Touched, COUNTED, DEV_MODE_SET, RESULT_HEADER};
 use super::trace::{Begun, Entry, Origin};
 use super::{Context, Core};
 use crate::device::{ConfigField, Device, QueueContext, Request, Step};
@@ -195,6 +195,12 @@ impl AdminDevice {
                 note.member
             );
             reply.fail(Failure::Busy, 0);
+            if note.opcode == DEV_MODE_SET {
+                // It has failed, so the device isn't stopped.
+                if let Some(member) = self.core.find(note.member) {
+                    member.resume_device();
+                }
+            }
         }
         self.finish(request, note, &reply)
     }

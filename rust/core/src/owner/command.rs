@@ -50,7 +50,8 @@ const RESOURCE_OBJ_DESTROY: u16 = 0xd;
 const DEV_PARTS_METADATA_GET: u16 = 0xe;
 const DEV_PARTS_GET: u16 = 0xf;
 const DEV_PARTS_SET: u16 = 0x10;
-const DEV_MODE_SET: u16 = 0x11;
+/// See the specification.
+pub const DEV_MODE_SET: u16 = 0x11;
 const DEVICE_MGMT: u16 = 0x3e;
 const DEVICE_MGMT_ATTRS: u16 = 0x3f;
 

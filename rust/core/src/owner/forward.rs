@@ -17,6 +17,7 @@ use super::command::{
 use super::local::{header, Full, LocalQueue, Submitted, Ticket};
 use super::trace::{Begun, Entry, Origin};
 use super::DeviceGroup;
+use crate::error::Result;
 use crate::event::Waker;
 use crate::member::lens::{LEGACY_MSIX_SIZE, LEGACY_SIZE};
 use crate::member::Member;
@@ -64,16 +65,19 @@ enum Outcome {
 }
 
 impl Forwarder {
-    /// For one member.
-    pub fn new(group: Arc<DeviceGroup>, member: Arc<Member>) -> Self {
-        let queue = Arc::clone(group.forwarding_queue(member.id()));
-        Self {
+    /// For one member, with a queue of its own: a member whose rings take their time to stop keeps nobody else waiting.
+    ///
+    /// # Errors
+    /// [`Error`](crate::error::Error) when there is no memory for the queue.
+    pub fn new(group: Arc<DeviceGroup>, member: Arc<Member>) -> Result<Self> {
+        let queue = group.forwarding_queue()?;
+        Ok(Self {
             group,
             member,
             queue,
             notify_region: Mutex::new(None),
             work: Mutex::new(None),
-        }
+        })
     }
 
     /// Bytes of the BAR that mean something.
@@ -95,7 +99,9 @@ impl Forwarder {
         let ours =
             |entry: &[u8]| entry[0] == 2 && entry[1] == NOTIFY_BAR && entry[8..16] == NOTIFY_OFFSET.to_le_bytes();
         let found = status == 0 && entries.chunks_exact(16).take_while(|entry| entry[0] != 0).any(ours);
-        *known = Some(found);
+        if status == 0 {
+            *known = Some(found);
+        }
         found
     }
 
@@ -198,6 +204,12 @@ impl Forwarder {
         if let Some(work) = self.work().take() {
             self.queue.abandon(work.ticket);
         }
+    }
+
+    /// The client is gone: commands of its that haven't been begun are not for the next client's device.
+    pub fn leave(&self) {
+        self.give_up();
+        self.queue.void();
     }
 
     /// One command of an access.

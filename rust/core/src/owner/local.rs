@@ -7,7 +7,7 @@
 //! stop) blocks the queue, since commands of one queue are carried out in order; whoever ends the wait goes on with the
 //! queue.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{fence, AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use super::admin::AdminDevice;
@@ -20,10 +20,12 @@ use crate::memory::{HostArea, MemoryMap, Region};
 use crate::ring::split::{area_sizes, AddressSpace, RingAddresses, SplitRing};
 use crate::ring::RingFeatures;
 
-/// Entries of the ring; each command takes two.
-const SIZE: u16 = 512;
-/// Commands that can be in the queue at once.
-pub const DEPTH: u16 = SIZE / 2;
+/// Most entries of a ring; each command takes two.
+const MAX_SIZE: u16 = 512;
+/// Commands that can be in the queue of an owner driver at once.
+pub const DEPTH: u16 = MAX_SIZE / 2;
+/// The same of a forwarder: it has one under way, and some that were given up.
+const FORWARDER_DEPTH: u16 = 16;
 /// Bytes of either part of a short command.
 const SHORT: usize = 512;
 /// Bytes of either part of a long one.
@@ -75,6 +77,8 @@ enum State {
 
 struct Slot {
     state: State,
+    /// Not to be carried out any more.
+    void: bool,
     turn: u64,
     origin: Origin,
     begun: Begun,
@@ -84,6 +88,7 @@ struct Slot {
 
 /// Both sides, and the memory between them.
 struct Sides {
+    size: u16,
     map: Arc<MemoryMap>,
     area: HostArea,
     // The driver's side.
@@ -111,15 +116,29 @@ pub struct LocalQueue {
 }
 
 impl LocalQueue {
-    /// An empty queue.
+    /// An empty queue for an owner driver.
     ///
     /// # Errors
-    /// [`Error::Os`], [`Error::Fault`] when there is no memory for it.
+    /// [`Error::Fault`] when there is no memory for it.
     pub fn new(device: Arc<AdminDevice>) -> Result<Arc<Self>> {
+        Self::with_depth(device, DEPTH, LONGS)
+    }
+
+    /// An empty queue for a forwarder: a short one, for short commands.
+    ///
+    /// # Errors
+    /// [`Error::Fault`] when there is no memory for it.
+    pub fn for_forwarder(device: Arc<AdminDevice>) -> Result<Arc<Self>> {
+        Self::with_depth(device, FORWARDER_DEPTH, 0)
+    }
+
+    fn with_depth(device: Arc<AdminDevice>, depth: u16, longs: usize) -> Result<Arc<Self>> {
+        let size = depth * 2;
+        // Pages that nobody touches cost nothing.
         let region = Region::local(0, MEMORY)?;
         let map = Arc::new(MemoryMap::default().with(region)?);
         let area = map.area_by_guest(0, MEMORY).ok_or(Error::Closed)?;
-        let (desc, driver, _) = area_sizes(SIZE);
+        let (desc, driver, _) = area_sizes(size);
         let addresses = RingAddresses {
             desc: 0,
             driver: desc,
@@ -132,13 +151,14 @@ impl LocalQueue {
             &map,
             AddressSpace::Guest,
             addresses,
-            SIZE,
-            SIZE,
+            size,
+            size,
             RingFeatures::default(),
             0,
         )?;
         let slot = || Slot {
             state: State::Free,
+            void: false,
             turn: 0,
             origin: Origin::Admin,
             begun: Begun::now(),
@@ -148,11 +168,12 @@ impl LocalQueue {
         Ok(Arc::new(Self {
             device,
             sides: Mutex::new(Sides {
+                size,
                 map,
                 area,
-                slots: (0..DEPTH).map(|_| slot()).collect(),
-                free: (0..DEPTH).rev().collect(),
-                longs: (0..LONGS).collect(),
+                slots: (0..depth).map(|_| slot()).collect(),
+                free: (0..depth).rev().collect(),
+                longs: (0..longs).collect(),
                 avail_idx: 0,
                 last_used: 0,
                 ring,
@@ -285,13 +306,20 @@ impl LocalQueue {
     }
 
     /// The result of a command whose waker was called; None when it isn't there yet, and then the waker is needed again.
-    pub fn take(&self, ticket: Ticket, out: &mut [u8]) -> Option<usize> {
-        self.lock().take(ticket, out)
+    pub fn take(self: &Arc<Self>, ticket: Ticket, out: &mut [u8]) -> Option<usize> {
+        let written = self.lock().take(ticket, out);
+        self.after(Vec::new());
+        written
     }
 
     /// The same, of a command whose room isn't known to the caller any more.
-    pub fn take_all(&self, ticket: Ticket) -> Option<Vec<u8>> {
-        let mut sides = self.lock();
+    pub fn take_all(self: &Arc<Self>, ticket: Ticket) -> Option<Vec<u8>> {
+        let out = Self::take_written(&mut self.lock(), ticket);
+        self.after(Vec::new());
+        out
+    }
+
+    fn take_written(sides: &mut Sides, ticket: Ticket) -> Option<Vec<u8>> {
         let slot = sides
             .slots
             .get(usize::from(ticket.slot))
@@ -303,8 +331,12 @@ impl LocalQueue {
     }
 
     /// Nobody will ask for the result of this command. It is carried out nevertheless.
-    pub fn abandon(&self, ticket: Ticket) {
-        let mut sides = self.lock();
+    pub fn abandon(self: &Arc<Self>, ticket: Ticket) {
+        Self::forget(&mut self.lock(), ticket);
+        self.after(Vec::new());
+    }
+
+    fn forget(sides: &mut Sides, ticket: Ticket) {
         let Some(slot) = sides.slots.get_mut(usize::from(ticket.slot)) else {
             return;
         };
@@ -318,6 +350,14 @@ impl LocalQueue {
         }
     }
 
+    /// Commands in the queue that haven't been begun are not carried out any more.
+    pub fn void(self: &Arc<Self>) {
+        for slot in &mut self.lock().slots {
+            slot.void = true;
+        }
+        self.after(Vec::new());
+    }
+
     fn lock(&self) -> MutexGuard<'_, Sides> {
         self.sides.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -328,6 +368,8 @@ impl LocalQueue {
         for waker in wakers {
             waker();
         }
+        // Pairs with the fence in `wake`: either the sides are seen to be free there, or the flag is seen here.
+        fence(Ordering::SeqCst);
         if self.woken.load(Ordering::Acquire) {
             self.wake();
         }
@@ -337,6 +379,7 @@ impl LocalQueue {
     /// on when it lets go.
     fn wake(self: &Arc<Self>) {
         self.woken.store(true, Ordering::Release);
+        fence(Ordering::SeqCst);
         while self.woken.load(Ordering::Acquire) {
             let mut wakers = Vec::new();
             match self.sides.try_lock() {
@@ -383,6 +426,10 @@ impl LocalQueue {
             return Ok(false);
         }
         let slot = &sides.slots[usize::from(sides.request.chain.head / 2)];
+        if slot.void {
+            sides.ring.push_used(sides.request.chain.head, 0);
+            return Ok(true);
+        }
         let (origin, begun) = (slot.origin, slot.begun);
         let queue = Arc::clone(self);
         let step = self.device.run(&mut sides.request, origin, begun, &|| {
@@ -450,6 +497,7 @@ impl Sides {
         self.free.pop();
         let entry = &mut self.slots[usize::from(slot)];
         entry.state = State::Submitted(None);
+        entry.void = false;
         entry.turn += 1;
         entry.origin = origin;
         entry.begun = begun;
@@ -469,8 +517,8 @@ impl Sides {
         } else {
             self.describe(head, to_read, len, 0);
         }
-        let (desc, _, _) = area_sizes(SIZE);
-        let entry = desc as usize + 4 + 2 * usize::from(self.avail_idx % SIZE);
+        let (desc, _, _) = area_sizes(self.size);
+        let entry = desc as usize + 4 + 2 * usize::from(self.avail_idx % self.size);
         self.area.u16(entry).store(head.to_le(), Ordering::Relaxed);
         self.avail_idx = self.avail_idx.wrapping_add(1);
         // Pairs with the device's load in SplitRing::available.
@@ -492,12 +540,12 @@ impl Sides {
 
     /// The driver's side: what the device has used.
     fn collect(&mut self, wakers: &mut Vec<Waker>) -> u64 {
-        let (desc, driver, _) = area_sizes(SIZE);
+        let (desc, driver, _) = area_sizes(self.size);
         let used = (desc + driver).next_multiple_of(4) as usize;
         let idx = u16::from_le(self.area.u16(used + 2).load(Ordering::Acquire));
         let mut count = 0;
         while self.last_used != idx {
-            let at = used + 4 + 8 * usize::from(self.last_used % SIZE);
+            let at = used + 4 + 8 * usize::from(self.last_used % self.size);
             let head = u32::from_le(self.area.u32(at).load(Ordering::Relaxed));
             let written = u32::from_le(self.area.u32(at + 4).load(Ordering::Relaxed));
             self.last_used = self.last_used.wrapping_add(1);

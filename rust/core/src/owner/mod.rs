@@ -215,6 +215,13 @@ impl Core {
         Some(Arc::clone(&entry.member))
     }
 
+    /// A member, without counting a command.
+    pub(crate) fn find(&self, id: u64) -> Option<Arc<Member>> {
+        let members = self.members();
+        let entry = members.by_id.get(&u32::try_from(id).ok()?)?;
+        Some(Arc::clone(&entry.member))
+    }
+
     /// Opcodes of a group type, as bits.
     pub fn supported(&self, group: u16) -> u64 {
         command::supported(&self.options, group)
@@ -227,8 +234,8 @@ pub struct DeviceGroup {
     /// Of the in-process owner driver.
     driver: Arc<Context>,
     queues: Vec<Arc<LocalQueue>>,
-    /// Of the forwarders.
-    forwarders: Vec<Arc<LocalQueue>>,
+    /// Behind the forwarders' queues.
+    forwarding: Arc<AdminDevice>,
     /// Of the driver of the owner's PCI function.
     function: Arc<AdminDevice>,
 }
@@ -255,8 +262,8 @@ pub struct GroupInfo {
     pub failed: u64,
     /// Submitted and completed, of each in-process queue.
     pub queues: Vec<(u64, u64)>,
-    /// The same of the forwarders' queues.
-    pub forwarders: Vec<(u64, u64)>,
+    /// Commands of the forwarders.
+    pub forwarded: u64,
 }
 
 impl DeviceGroup {
@@ -292,7 +299,7 @@ impl DeviceGroup {
         };
         let group = Self {
             queues: queues(&driver)?,
-            forwarders: queues(&forwarding)?,
+            forwarding: AdminDevice::new(Arc::clone(&core), forwarding, usize::from(options.admin_queues) + 1),
             function: AdminDevice::new(Arc::clone(&core), function, 0),
             core: Arc::clone(&core),
             driver,
@@ -306,9 +313,10 @@ impl DeviceGroup {
         // VF Enable is 0 yet; with strict switches the lists can be asked for only while it is set.
         self.core.set_vfs(true, 0);
         let mut list = [0; 8];
-        let queried = self.forwarders[0].call(command::LIST_QUERY, command::SR_IOV, 0, &[], &mut list);
+        let queue = self.forwarding_queue()?;
+        let queried = queue.call(command::LIST_QUERY, command::SR_IOV, 0, &[], &mut list);
         let wanted = u64::from_le_bytes(list) & command::LEGACY;
-        let used = self.forwarders[0].call(command::LIST_USE, command::SR_IOV, 0, &wanted.to_le_bytes(), &mut []);
+        let used = queue.call(command::LIST_USE, command::SR_IOV, 0, &wanted.to_le_bytes(), &mut []);
         self.core.restore_vfs();
         match (queried, used) {
             (Ok(0), Ok(0)) => Ok(()),
@@ -343,9 +351,12 @@ impl DeviceGroup {
         self.queues.get(index)
     }
 
-    /// The queue that a member's forwarder uses.
-    pub fn forwarding_queue(&self, member: u32) -> &Arc<LocalQueue> {
-        &self.forwarders[member as usize % self.forwarders.len()]
+    /// A queue for a forwarder.
+    ///
+    /// # Errors
+    /// [`Error::Fault`] when there is no memory for it.
+    pub fn forwarding_queue(&self) -> Result<Arc<LocalQueue>> {
+        LocalQueue::for_forwarder(Arc::clone(&self.forwarding))
     }
 
     /// Adds a member; NumVFs follows.
@@ -409,8 +420,8 @@ impl DeviceGroup {
     pub fn info(&self) -> GroupInfo {
         let (vf_enable, num_vfs) = self.core.vfs();
         let contexts = [&self.driver, self.function.context()];
-        let local = self.queues.iter().chain(&self.forwarders).map(|queue| queue.device());
-        let devices: Vec<&Arc<AdminDevice>> = local.chain([&self.function]).collect();
+        let local = self.queues.iter().map(|queue| queue.device());
+        let devices: Vec<&Arc<AdminDevice>> = local.chain([&self.forwarding, &self.function]).collect();
         let count = |opcode: usize| devices.iter().map(|device| device.commands(opcode)).sum();
         let queues = |queues: &[Arc<LocalQueue>]| queues.iter().map(|queue| queue.statistics()).collect();
         GroupInfo {
@@ -431,7 +442,9 @@ impl DeviceGroup {
             commands: seen(command::COUNTED, count),
             failed: devices.iter().map(|device| device.failed()).sum(),
             queues: queues(&self.queues),
-            forwarders: queues(&self.forwarders),
+            forwarded: (0..command::COUNTED)
+                .map(|opcode| self.forwarding.commands(opcode))
+                .sum(),
         }
     }
 }

@@ -51,9 +51,6 @@ pub struct Entry {
 struct Shard {
     /// With their numbers, ascending.
     entries: VecDeque<(u64, Entry)>,
-    /// How many were forgotten, and the number behind the last of them.
-    forgotten: u64,
-    end: u64,
 }
 
 const SHARDS: usize = 8;
@@ -72,10 +69,7 @@ impl Trace {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if shard.entries.len() == CAPACITY / SHARDS {
-            if let Some((number, _)) = shard.entries.pop_front() {
-                shard.forgotten += 1;
-                shard.end = number + 1;
-            }
+            shard.entries.pop_front();
         }
         // Numbered under the lock: whoever holds all locks sees all numbers given out.
         let number = self.next.fetch_add(1, Ordering::Relaxed);
@@ -90,24 +84,30 @@ impl Trace {
             .iter()
             .map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner))
             .collect();
-        let lost = shards
-            .iter()
-            .map(|shard| shard.forgotten.min(shard.end.saturating_sub(since)))
-            .sum();
+        let end = self.next.load(Ordering::Relaxed);
+        let mut present = 0;
         let mut found: Vec<(u64, Entry)> = Vec::new();
         for shard in &shards {
             let start = shard.entries.partition_point(|(number, _)| *number < since);
+            present += (shard.entries.len() - start) as u64;
             let wanted = |(_, entry): &&(u64, Entry)| member.is_none_or(|member| member == entry.member);
             // No more of one queue are needed than of all.
-            found.extend(shard.entries.range(start..).filter(wanted).take(limit + 1));
+            found.extend(
+                shard
+                    .entries
+                    .range(start..)
+                    .filter(wanted)
+                    .take(limit.saturating_add(1)),
+            );
         }
         found.sort_unstable_by_key(|(number, _)| *number);
         let next = match found.get(limit) {
             Some((number, _)) => *number,
-            None => self.next.load(Ordering::Relaxed).max(since),
+            None => end.max(since),
         };
         found.truncate(limit);
-        (next, lost, found)
+        // Numbers have no holes.
+        (next, end.saturating_sub(since) - present, found)
     }
 }
 

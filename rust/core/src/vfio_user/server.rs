@@ -310,10 +310,12 @@ impl Listener {
     fn admit(&self, socket: OwnedFd) {
         let pid = sys::peer_pid(&socket);
         let socket = Arc::new(Socket(Some(socket)));
+        // Held until the source has been handed over: whoever finds the client here and removes it must not be faster than
+        // that.
+        let mut state = self.shared.lock();
         self.pool.add_source(|line| {
             let (shared, pool) = (Arc::clone(&self.shared), Arc::clone(&self.pool));
             let mut connection = Connection::new(shared, pool, line.clone(), Arc::clone(&socket), pid);
-            let mut state = self.shared.lock();
             if state.closed {
                 // Meanwhile. It is gone before it begins.
                 connection.phase = Phase::Ended;
