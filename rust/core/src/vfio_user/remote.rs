@@ -229,7 +229,7 @@ impl Drop for RemoteRunner {
 enum Trouble {
     /// Somebody waits; again later.
     Interrupted,
-    /// The client is gone. What that means for the queue others decide.
+    /// The client is gone, or doesn't let us at its memory. What that means for the queue others decide.
     Gone,
     /// Something is wrong.
     Fault(Fault),
@@ -239,7 +239,8 @@ impl From<Fault> for Trouble {
     fn from(fault: Fault) -> Self {
         match fault.rule {
             "dma.cancelled" => Trouble::Interrupted,
-            "dma.disconnected" => Trouble::Gone,
+            // Without bus mastering what is under way is lost, as it would be with a real device; a reset is coming.
+            "dma.disconnected" | "dma.no-master" => Trouble::Gone,
             _ => Trouble::Fault(fault),
         }
     }
