@@ -4,309 +4,24 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
+#[path = "common/owner.rs"]
+mod fixture;
 
-use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{peer, Guest, Ring, NEXT, WRITE};
-use vhu_core::device::blk::{Blk, BlkOptions};
-use vhu_core::device::image::Image;
-use vhu_core::device::{ConfigField, Device, IoOp, QueueContext, Request, Step};
-use vhu_core::error::Fault;
-use vhu_core::event::{Completion, Waker};
+use common::{Guest, Ring, NEXT, WRITE};
+use fixture::{blk, never, options, request, wait_until, Bed, Hanging, BASE, DATA, OK, SIZE};
+use vhu_core::device::Device;
+use vhu_core::event::Completion;
 use vhu_core::member::{Front, Member, MemberOptions};
 use vhu_core::owner::command;
 use vhu_core::owner::forward::Forwarder;
-use vhu_core::owner::local::{header, Submitted, Ticket};
+use vhu_core::owner::local::{header, Submitted};
 use vhu_core::owner::trace::{Begun, Origin};
-use vhu_core::owner::{Compat, DeviceGroup, GroupOptions};
-use vhu_core::sys;
+use vhu_core::owner::GroupOptions;
 use vhu_core::vfio_user::function::Access;
-use vhu_core::worker::{Flow, Interest, Pool, Source, SourceHandle, SourceIo};
-
-const BASE: u64 = 0x10_0000;
-const SIZE: u64 = 0x10_0000;
-const DATA: u64 = BASE + 0x8_0000;
-const PATIENCE: Duration = Duration::from_secs(10);
-const OK: u16 = 0;
-
-fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "not {what} within {PATIENCE:?}");
-        std::thread::sleep(Duration::from_micros(200));
-    }
-}
-
-/// A connection that nothing comes from.
-struct Quiet(OwnedFd);
-
-impl Source for Quiet {
-    fn fd(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
-    fn interest(&self) -> Interest {
-        Interest {
-            read: true,
-            write: false,
-        }
-    }
-    fn ready(&mut self, _io: &mut SourceIo<'_>) -> Flow {
-        Flow::Wait
-    }
-    fn deadline(&self) -> Option<Instant> {
-        None
-    }
-    fn end(&mut self) {}
-}
-
-fn blk(image: &str) -> Arc<Blk> {
-    let options = BlkOptions {
-        queues: 2,
-        queue_size: 64,
-        blk_size: 512,
-        serial: String::new(),
-    };
-    Arc::new(Blk::new(Image::open(image, false).unwrap(), options).unwrap())
-}
-
-/// A device whose requests end when a byte comes through a pipe.
-struct Hanging {
-    reader: File,
-    started: AtomicUsize,
-}
-
-impl Device for Hanging {
-    fn type_name(&self) -> &'static str {
-        "hanging"
-    }
-    fn device_id(&self) -> u32 {
-        2
-    }
-    fn features(&self) -> u64 {
-        0
-    }
-    fn known_features(&self) -> u64 {
-        0
-    }
-    fn queues(&self) -> u16 {
-        1
-    }
-    fn queue_size(&self) -> u16 {
-        64
-    }
-    fn config_fields(&self) -> &'static [ConfigField] {
-        &[]
-    }
-    fn config_size(&self) -> usize {
-        0
-    }
-    fn legacy_config_size(&self) -> usize {
-        0
-    }
-    fn read_config(&self, _offset: usize, data: &mut [u8]) {
-        data.fill(0);
-    }
-    fn write_config(&self, _offset: usize, _data: &[u8]) -> Result<bool, Fault> {
-        Ok(false)
-    }
-    fn fresh(&self) {}
-    fn start(&self, request: &mut Request, _context: &QueueContext<'_>) -> Result<Step, Fault> {
-        self.started.fetch_add(1, Ordering::Relaxed);
-        Ok(Step::Io(IoOp::Readv {
-            fd: self.reader.as_raw_fd(),
-            iov: request.chain.writable.iovecs().as_ptr(),
-            count: 1,
-            offset: u64::MAX,
-            bytes: 1,
-        }))
-    }
-    fn resume(&self, _request: &mut Request, _context: &QueueContext<'_>, result: i32) -> Step {
-        Step::Done(u32::try_from(result).unwrap_or(0))
-    }
-    fn counter_names(&self) -> &'static [&'static str] {
-        &["failed"]
-    }
-    fn failed_counter(&self) -> usize {
-        0
-    }
-}
-
-fn pipe() -> (File, File) {
-    let mut fds = [0; 2];
-    // SAFETY: fds has room for two.
-    assert_eq!(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) }, 0);
-    // SAFETY: two new fds.
-    unsafe { (File::from_raw_fd(fds[0]), File::from_raw_fd(fds[1])) }
-}
-
-struct Bed {
-    pool: Arc<Pool>,
-    group: Arc<DeviceGroup>,
-}
-
-fn options() -> GroupOptions {
-    GroupOptions {
-        compat: Compat::new(false),
-        feature_management: true,
-        notify_region: true,
-        admin_queues: 2,
-    }
-}
-
-impl Bed {
-    fn new() -> Self {
-        Self::with(options())
-    }
-
-    fn with(options: GroupOptions) -> Self {
-        let pool = Arc::new(Pool::new(Some(2)).unwrap());
-        let group = DeviceGroup::new(Arc::clone(&pool), options).unwrap();
-        let bed = Self { pool, group };
-        bed.use_all();
-        bed
-    }
-
-    fn use_all(&self) {
-        for kind in [command::SELF, command::SR_IOV] {
-            let all = self.group.core().supported(kind);
-            let _ = self.call(command::LIST_USE, kind, 0, &all.to_le_bytes(), 0);
-        }
-    }
-
-    fn add(&self, id: u32, device: Arc<dyn Device>) -> Arc<Member> {
-        let options = MemberOptions {
-            legacy: true,
-            vectors: 3,
-            ..MemberOptions::default()
-        };
-        let member = Member::new(Arc::clone(&self.pool), id, device, options);
-        self.group.add(Arc::clone(&member)).unwrap();
-        member
-    }
-
-    fn line(&self) -> SourceHandle {
-        self.pool.add_source(|_| Box::new(Quiet(sys::eventfd().unwrap())))
-    }
-
-    /// A client of the member's function, with memory.
-    fn attach(&self, member: &Arc<Member>, guest: &Guest) {
-        member.attach_function(Front::Legacy, self.line()).unwrap();
-        let fd = peer(&guest.file);
-        let region = self.pool.mappings().region(&fd, BASE, SIZE, BASE, 0).unwrap();
-        member.add_memory(region).unwrap();
-    }
-
-    fn start(&self, opcode: u16, kind: u16, member: u64, data: &[u8], room: usize) -> Pending {
-        let head = header(opcode, kind, member);
-        let mut out = vec![0xaa; 8 + room];
-        let woken = Arc::new(AtomicUsize::new(0));
-        let flag = Arc::clone(&woken);
-        let submitted = self
-            .group
-            .queue(0)
-            .unwrap()
-            .submit(&[&head, data], &mut out, Origin::Admin, Begun::now(), move || {
-                Box::new(move || {
-                    flag.fetch_add(1, Ordering::Relaxed);
-                }) as Waker
-            })
-            .unwrap();
-        match submitted {
-            Submitted::Done(written) => {
-                out.truncate(written);
-                Pending {
-                    ticket: None,
-                    out,
-                    woken,
-                }
-            }
-            Submitted::Later(ticket) => Pending {
-                ticket: Some(ticket),
-                out,
-                woken,
-            },
-        }
-    }
-
-    fn finish(&self, mut pending: Pending) -> (u16, u16, Vec<u8>) {
-        if let Some(ticket) = pending.ticket {
-            wait_until("woken", || pending.woken.load(Ordering::Relaxed) == 1);
-            let written = self.group.queue(0).unwrap().take(ticket, &mut pending.out).unwrap();
-            pending.out.truncate(written);
-        }
-        let out = pending.out;
-        assert!(out.len() >= 8, "{out:?}");
-        let half = |at: usize| u16::from_le_bytes([out[at], out[at + 1]]);
-        (half(0), half(2), out[8..].to_vec())
-    }
-
-    fn call(&self, opcode: u16, kind: u16, member: u64, data: &[u8], room: usize) -> (u16, u16, Vec<u8>) {
-        self.finish(self.start(opcode, kind, member, data, room))
-    }
-
-    fn read(&self, member: u64, offset: u8, len: usize) -> u32 {
-        let (status, qualifier, result) =
-            self.call(command::LEGACY_COMMON_CFG_READ, command::SR_IOV, member, &[offset], len);
-        assert_eq!((status, qualifier, result.len()), (OK, 0, len));
-        let mut word = [0; 4];
-        word[..len].copy_from_slice(&result);
-        u32::from_le_bytes(word)
-    }
-
-    fn write(&self, member: u64, offset: u8, data: &[u8]) -> u16 {
-        self.finish(self.start_write(member, offset, data)).0
-    }
-
-    fn start_write(&self, member: u64, offset: u8, data: &[u8]) -> Pending {
-        let mut all = vec![offset, 0, 0, 0, 0, 0, 0, 0];
-        all.extend(data);
-        self.start(command::LEGACY_COMMON_CFG_WRITE, command::SR_IOV, member, &all, 0)
-    }
-
-    /// The way a legacy driver takes to DRIVER_OK; its ring is at BASE.
-    fn drive(&self, member: u64) -> Ring {
-        assert_eq!(self.write(member, 18, &[0]), OK);
-        assert_eq!(self.read(member, 18, 1), 0);
-        self.write(member, 18, &[1]);
-        self.write(member, 18, &[3]);
-        let features = self.read(member, 0, 4) & 0x1fff;
-        self.write(member, 4, &features.to_le_bytes());
-        self.write(member, 14, &[0, 0]);
-        let size = self.read(member, 12, 2) as u16;
-        assert_eq!(self.read(member, 8, 4), 0, "PFN before set-up");
-        self.write(member, 8, &((BASE >> 12) as u32).to_le_bytes());
-        assert_eq!(self.read(member, 8, 4), (BASE >> 12) as u32);
-        self.write(member, 18, &[7]);
-        assert_eq!(self.read(member, 18, 1), 7);
-        Ring::legacy(BASE, size, 4096)
-    }
-}
-
-struct Pending {
-    ticket: Option<Ticket>,
-    out: Vec<u8>,
-    woken: Arc<AtomicUsize>,
-}
-
-/// Puts one block request into the ring; the buffers of request `n` are at DATA + n * 0x1000.
-fn request(guest: &Guest, ring: &mut Ring, n: u16, kind: u32, sector: u64, data: &[u8]) {
-    let at = DATA + u64::from(n) * 0x1000;
-    guest.write(at, &kind.to_le_bytes());
-    guest.write(at + 8, &sector.to_le_bytes());
-    guest.write(at + 512, data);
-    guest.write(at + 2048, &[0xff]);
-    let head = n * 3;
-    let flags = if kind == 0 { WRITE } else { 0 };
-    ring.descriptor(guest, head, at, 16, NEXT, head + 1);
-    ring.descriptor(guest, head + 1, at + 512, data.len() as u32, NEXT | flags, head + 2);
-    ring.descriptor(guest, head + 2, at + 2048, 1, WRITE, 0);
-    ring.offer(guest, head);
-}
 
 #[test]
 fn a_legacy_driver_by_commands_alone() {
@@ -402,7 +117,6 @@ fn a_modern_and_a_legacy_view_of_one_state() {
     let mut word = [0; 2];
     member.modern_read(22, &mut word);
     assert_eq!(word, [1, 0]);
-    let never = || -> Waker { Box::new(|| {}) };
     member.modern_write(20, &[0], &never);
     assert_eq!(bed.read(1, 18, 1), 0);
     // A driver without VERSION_1 has no business in the modern view.
@@ -428,11 +142,7 @@ fn a_modern_and_a_legacy_view_of_one_state() {
 #[test]
 fn a_command_that_waits_keeps_its_queue_in_order_and_others_free() {
     let bed = Bed::new();
-    let (reader, mut writer) = pipe();
-    let device = Arc::new(Hanging {
-        reader,
-        started: AtomicUsize::new(0),
-    });
+    let (device, mut writer) = Hanging::new();
     let member = bed.add(1, Arc::clone(&device) as Arc<dyn Device>);
     bed.add(2, blk("ram:1048576"));
     let guest = Guest::new(BASE, SIZE);
@@ -440,7 +150,7 @@ fn a_command_that_waits_keeps_its_queue_in_order_and_others_free() {
     let mut ring = bed.drive(1);
     request(&guest, &mut ring, 0, 0, 0, &[0; 512]);
     bed.write(1, 16, &[0, 0]);
-    wait_until("in flight", || device.started.load(Ordering::Relaxed) == 1);
+    wait_until("in flight", || device.started() == 1);
     let reset = bed.start_write(1, 18, &[0]);
     assert!(reset.ticket.is_some(), "the request is in flight");
     let behind = bed.start(command::LEGACY_COMMON_CFG_READ, command::SR_IOV, 2, &[18], 1);
@@ -450,9 +160,7 @@ fn a_command_that_waits_keeps_its_queue_in_order_and_others_free() {
     let mut out = [0; 9];
     let other = bed.group.queue(1).unwrap();
     let submitted = other
-        .submit(&[&head, &[18]], &mut out, Origin::Admin, Begun::now(), || {
-            Box::new(|| {})
-        })
+        .submit(&[&head, &[18]], &mut out, Origin::Admin, Begun::now(), never)
         .unwrap();
     assert_eq!(submitted, Submitted::Done(9));
     assert_eq!(out[8], 7);
@@ -466,18 +174,14 @@ fn a_command_that_waits_keeps_its_queue_in_order_and_others_free() {
 #[test]
 fn a_member_that_never_drains_costs_its_owner_half_a_second() {
     let bed = Bed::new();
-    let (reader, mut writer) = pipe();
-    let device = Arc::new(Hanging {
-        reader,
-        started: AtomicUsize::new(0),
-    });
+    let (device, mut writer) = Hanging::new();
     let member = bed.add(1, Arc::clone(&device) as Arc<dyn Device>);
     let guest = Guest::new(BASE, SIZE);
     bed.attach(&member, &guest);
     let mut ring = bed.drive(1);
     request(&guest, &mut ring, 0, 0, 0, &[0; 512]);
     bed.write(1, 16, &[0, 0]);
-    wait_until("in flight", || device.started.load(Ordering::Relaxed) == 1);
+    wait_until("in flight", || device.started() == 1);
     let begun = Instant::now();
     assert_eq!(bed.write(1, 18, &[0]), 16);
     assert!((400..2000).contains(&begun.elapsed().as_millis()));
@@ -496,7 +200,7 @@ fn a_member_that_never_drains_costs_its_owner_half_a_second() {
     guest.write(ring.addresses.device, &[0; 4]);
     request(&guest, &mut ring, 1, 0, 0, &[0; 512]);
     bed.write(1, 16, &[0, 0]);
-    wait_until("in flight again", || device.started.load(Ordering::Relaxed) == 2);
+    wait_until("in flight again", || device.started() == 2);
     writer.write_all(b"x").unwrap();
 }
 
@@ -603,7 +307,6 @@ fn the_bar_of_a_legacy_function_is_commands() {
         let guest = Guest::new(BASE, SIZE);
         bed.attach(&member, &guest);
         let bar = Forwarder::new(Arc::clone(&bed.group), Arc::clone(&member)).unwrap();
-        let never = || -> Waker { Box::new(|| {}) };
         let read = |offset: u64, len: usize| {
             let mut data = vec![0; len];
             (bar.read(offset, &mut data, &never), data)
@@ -653,11 +356,7 @@ fn the_owners_own_queues_are_served_by_workers() {
     let owner = Member::new(Arc::clone(&bed.pool), 0, blk("ram:1048576"), options);
     let guest = Guest::new(BASE, SIZE);
     owner.attach_function(Front::Owner, bed.line()).unwrap();
-    let fd = peer(&guest.file);
-    owner
-        .add_memory(bed.pool.mappings().region(&fd, BASE, SIZE, BASE, 0).unwrap())
-        .unwrap();
-    let never = || -> Waker { Box::new(|| {}) };
+    owner.add_memory(bed.memory(&guest)).unwrap();
     let put = |offset: usize, data: &[u8]| {
         owner.modern_write(offset, data, &never);
     };
