@@ -81,6 +81,8 @@ struct Queue {
     events: Vec<Option<Event>>,
     /// How many there are of a kind, and where the last one is.
     places: HashMap<(u32, Kind), (usize, usize)>,
+    /// Places whose event is gone.
+    holes: usize,
 }
 
 impl Queue {
@@ -107,7 +109,7 @@ impl Queue {
                     (None, event) => self.add(key, event),
                 }
             }
-            // A client that came and left while nobody looked need not be told of.
+            // Of clients that came and left while nobody looked one is told of.
             Kind::Connected(function) => {
                 let left = (key.0, Kind::Disconnected(function));
                 if self.places.contains_key(&key) && self.places.contains_key(&left) {
@@ -135,11 +137,30 @@ impl Queue {
     fn forget(&mut self, key: (u32, Kind)) {
         if let Some((_, place)) = self.places.remove(&key) {
             self.events[place] = None;
-            // Places that nobody needs any more, when they are the last.
-            while matches!(self.events.last(), Some(None)) {
-                self.events.pop();
+            self.holes += 1;
+            if self.holes > MOST && self.holes > self.events.len() / 2 {
+                self.compact();
             }
         }
+    }
+
+    /// Closes the holes, which a client could otherwise make for ever.
+    fn compact(&mut self) {
+        let mut moved = HashMap::new();
+        let mut kept = Vec::new();
+        for (place, event) in std::mem::take(&mut self.events).into_iter().enumerate() {
+            if event.is_some() {
+                moved.insert(place, kept.len());
+                kept.push(event);
+            }
+        }
+        for (_, place) in self.places.values_mut() {
+            if let Some(new) = moved.get(place) {
+                *place = *new;
+            }
+        }
+        self.events = kept;
+        self.holes = 0;
     }
 }
 
@@ -176,6 +197,11 @@ impl Events {
     pub fn push(&self, event: Event) {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).push(event);
         sys::eventfd_signal(&self.fd);
+    }
+
+    /// Places that events take, those included whose event is gone.
+    pub fn room(&self) -> usize {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).events.len()
     }
 
     /// Events that wait to be read.

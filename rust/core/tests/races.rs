@@ -1268,3 +1268,31 @@ fn anything_at_any_time() {
     let commands = bed.group.info().commands;
     assert!(commands.len() >= 18, "not everything was done: {commands:?}");
 }
+
+#[test]
+fn functions_that_come_and_go_in_turn_take_no_room() {
+    let events = Events::new().unwrap();
+    for _ in 0..10_000 {
+        for function in ["modern", "legacy"] {
+            events.push(Event::FunctionConnected {
+                member: 1,
+                function,
+                peer_pid: None,
+            });
+        }
+        for function in ["modern", "legacy"] {
+            events.push(Event::FunctionDisconnected {
+                member: 1,
+                function,
+                reason: String::new(),
+            });
+        }
+    }
+    assert!(events.room() < 100, "{}", events.room());
+    let left = events.take();
+    assert!(
+        matches!(left.last(), Some(Event::FunctionDisconnected { .. })),
+        "{left:?}"
+    );
+    assert!(left.len() <= 4, "{left:?}");
+}
