@@ -2,8 +2,9 @@
 //! The core of vhu_legacy: everything that moves data, and no Python.
 //!
 //! From the bottom up: [`memory`] (guest memory), [`ring`] (virtqueues), [`device`] (what requests mean), [`runner`] (a
-//! running queue), [`worker`] (the pool), [`member`] (the register file), [`session`] (vhost-user without a socket).
-//! docs/ARCHITECTURE.md says who may know what.
+//! running queue), [`worker`] (the pool), [`remote`] (queues in memory that can't be mapped), [`member`] (the register file),
+//! [`session`] (vhost-user without a socket), [`owner`] (administration commands), [`pci`] and [`function`] (PCI functions),
+//! [`vfio_user`] (their transport). docs/ARCHITECTURE.md says who may know what.
 
 pub mod device;
 pub mod error;
@@ -13,6 +14,7 @@ pub mod member;
 pub mod memory;
 pub mod owner;
 pub mod pci;
+pub mod remote;
 pub mod ring;
 pub mod runner;
 pub mod session;

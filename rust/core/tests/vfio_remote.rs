@@ -23,12 +23,12 @@ use vhu_core::device::Device;
 use vhu_core::error::Fault;
 use vhu_core::event::{Completion, Events};
 use vhu_core::memory::{MappingCache, MemoryMap, Region, RemoteMemory};
+use vhu_core::remote::{RemoteRunner, RemoteStart};
 use vhu_core::ring::any::{area_sizes, fresh_position};
 use vhu_core::ring::feature;
 use vhu_core::ring::split::{AddressSpace, RingAddresses};
 use vhu_core::runner::{Call, QueueSetup, QueueStats};
 use vhu_core::sys;
-use vhu_core::vfio_user::remote::{RemoteRunner, RemoteStart};
 use vhu_core::worker::Owner;
 
 const BASE: u64 = 0x10_0000;

@@ -21,12 +21,12 @@ use crate::device::Device;
 use crate::error::{Error, Fault, Result};
 use crate::event::{Completion, Event};
 use crate::memory::{MemoryMap, Region};
+use crate::remote::{RemoteRunner, RemoteStart};
 use crate::ring::any::{self, fresh_position};
 use crate::ring::split::{self, AddressSpace, RingAddresses};
 use crate::ring::MAX_QUEUE_SIZE;
 use crate::runner::{ring_features, Call, QueueSetup, QueueStats, Runner};
 use crate::sys;
-use crate::vfio_user::remote::{RemoteRunner, RemoteStart};
 use crate::worker::{Owner, Pool, QueueHandle, SourceHandle, Start};
 
 pub use crate::ring::feature;

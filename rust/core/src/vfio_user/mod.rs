@@ -3,11 +3,10 @@
 //!
 //! [`function`] says what a PCI function is to the transport. From bytes up: [`wire`] (messages), [`stream`] (messages and
 //! fds in a stream), [`session`] (one connection without its socket), [`dma`] (the client's memory), [`server`] (sockets on
-//! the worker pool); and [`remote`] (queues in memory that came without an fd).
+//! the worker pool).
 
 pub mod dma;
 pub mod function;
-pub mod remote;
 pub mod server;
 pub mod session;
 pub mod stream;

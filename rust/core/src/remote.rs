@@ -18,7 +18,7 @@
 //!
 //! A command interrupts a fetch: nothing is lost by that, it is tried again. It doesn't interrupt a store. QEMU answers from
 //! its main loop, which may be waiting for the very thing that a command is about; then that comes when the answer to QEMU's
-//! own message has timed out (`server::DEADLINE`).
+//! own message has timed out (`vfio_user::server::DEADLINE`).
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
