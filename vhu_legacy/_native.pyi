@@ -76,11 +76,14 @@ class Member:
         blk_size: int = 512,
         serial: str = "",
         packed: bool = False,
+        in_order: bool = False,
+        shared: bool = False,
         vectors: int | None = None,
     ) -> Member:
         """A virtio-blk member. `image` is a path of a raw file, "ram:SIZE" or "null:SIZE" with SIZE in bytes.
 
-        packed: PCI functions offer packed rings; vectors: their MSI-X table size (default queues + 1, 0: no MSI-X).
+        packed: packed rings are offered; in_order: IN_ORDER is;
+        shared: other processes may have the image open for writing; vectors: their MSI-X table size (default queues + 1, 0: no MSI-X).
         Raises ImageError, ValueError.
         """
     @staticmethod
@@ -95,6 +98,8 @@ class Member:
         blk_size: int = 512,
         serial: str = "",
         packed: bool = False,
+        in_order: bool = False,
+        shared: bool = False,
         vectors: int | None = None,
     ) -> Member:
         """The owner itself as a virtio-blk device: member 0, with the group's administration virtqueues behind its own.
@@ -237,6 +242,9 @@ class Outcome:
     @property
     def pending(self) -> int | None:
         """Wait for the event "done" with this token, then call `Session.resume(token)` before the next message."""
+    def take_reply_fd(self) -> int | None:
+        """The fd to send with `reply`; whoever takes it closes it."""
+
     def take_backend_channel(self) -> int | None:
         """The socket fd for back-end requests, if this message brought one: now the caller's to close. Once."""
     @property

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import logging
 import math
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -228,7 +229,12 @@ class VhostUserServer:
             if fd is not None:
                 self._open_reverse(connection, fd, nursery)
             if outcome.reply is not None:
-                await connection.channel.send(outcome.reply)
+                reply_fd = outcome.take_reply_fd()
+                try:
+                    await connection.channel.send(outcome.reply, () if reply_fd is None else (reply_fd,))
+                finally:
+                    if reply_fd is not None:
+                        os.close(reply_fd)
             if outcome.error is not None:
                 connection.reason = outcome.error
                 return False

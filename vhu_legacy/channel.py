@@ -12,6 +12,7 @@ import array
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 from typing import Final, NamedTuple, Self
 
 import trio
@@ -135,10 +136,14 @@ class Channel:
             raise
         return Message(header, payload, fds)
 
-    async def send(self, data: bytes) -> None:
-        """Send all of `data`. Raises OSError. After cancellation the stream is of no more use."""
+    async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send all of `data`, with these descriptors, which stay the caller's. Raises OSError. After cancellation the
+        stream is of no more use."""
         async with self._send_lock:
             view = memoryview(data)
+            if fds:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+                view = view[await self._socket.sendmsg([view], rights, socket.MSG_DONTWAIT) :]
             while view:
                 view = view[await self._socket.send(view, socket.MSG_DONTWAIT) :]
 

@@ -6,7 +6,9 @@
 //! [`session`] (vhost-user without a socket), [`owner`] (administration commands), [`pci`] and [`function`] (PCI functions),
 //! [`vfio_user`] (their transport). docs/ARCHITECTURE.md says who may know what.
 
+pub mod crash;
 pub mod device;
+pub mod dirty;
 pub mod error;
 pub mod event;
 pub mod function;

@@ -14,7 +14,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::error::Fault;
@@ -583,6 +583,35 @@ impl MemoryMap {
         pieces
     }
 
+    /// The guest addresses of some buffers of this map, as (first, bytes). For dirty logging.
+    pub fn guest_ranges(&self, buffers: &Buffers, ranges: &mut Vec<(u64, u64)>) {
+        for iov in &buffers.iov {
+            self.guest_range(iov.iov_base as u64, iov.iov_len as u64, ranges);
+        }
+    }
+
+    /// The guest address of one byte, as a range.
+    pub fn guest_byte(&self, byte: &LastByte, ranges: &mut Vec<(u64, u64)>) {
+        self.guest_range(byte.0.as_ptr() as u64, 1, ranges);
+    }
+
+    /// The guest addresses of a ring area.
+    pub fn guest_area(&self, area: &HostArea, ranges: &mut Vec<(u64, u64)>) {
+        self.guest_range(area.ptr.as_ptr() as u64, area.len as u64, ranges);
+    }
+
+    fn guest_range(&self, host: u64, len: u64, ranges: &mut Vec<(u64, u64)>) {
+        // Buffers are cut at the ends of regions, so the start says where all of it is. Where two regions map the same
+        // part of a file through one mapping (a guest's aliases of its low memory), it is dirty in both.
+        for region in &self.regions {
+            if let Some(skip) = host.checked_sub(region.host.as_ptr() as u64) {
+                if skip < region.size {
+                    ranges.push((region.guest + skip, len.min(region.size - skip)));
+                }
+            }
+        }
+    }
+
     /// The region that holds a guest address. `hint` remembers the last one: descriptors of a batch mostly lie close
     /// together.
     #[inline]
@@ -666,8 +695,11 @@ pub struct HostArea {
     _keep: Arc<MemoryMap>,
 }
 
-// SAFETY: the memory is kept by `_keep` and accessed by atomics only.
+// SAFETY: the memory is kept by `_keep` and accessed by atomics or raw copies, never borrowed as a slice; another process
+// accesses it at the same time anyway.
 unsafe impl Send for HostArea {}
+// SAFETY: as above.
+unsafe impl Sync for HostArea {}
 
 impl HostArea {
     /// Whether the area starts at a multiple of `align` in this process (and so on every host with pages >= align).
@@ -698,6 +730,40 @@ impl HostArea {
         let ptr = unsafe { self.ptr.as_ptr().add(offset) };
         debug_assert!((ptr as usize).is_multiple_of(size_of::<T>()));
         ptr.cast()
+    }
+
+    /// The byte at `offset`.
+    #[inline]
+    pub fn u8(&self, offset: usize) -> &AtomicU8 {
+        // SAFETY: `at` checked the place; bytes have no alignment. The memory lives as long as self.
+        unsafe { AtomicU8::from_ptr(self.at(offset)) }
+    }
+
+    /// The 64-bit field at `offset`, a multiple of 8 in an area that is 8-aligned.
+    #[inline]
+    pub fn u64(&self, offset: usize) -> &AtomicU64 {
+        assert!(
+            (self.ptr.as_ptr() as usize + offset).is_multiple_of(8),
+            "unaligned access"
+        );
+        // SAFETY: `at` checked the place, the line above the alignment. The memory lives as long as self.
+        unsafe { AtomicU64::from_ptr(self.at(offset)) }
+    }
+
+    /// A part of this area. None when it isn't inside.
+    pub fn part(&self, offset: usize, len: usize) -> Option<HostArea> {
+        let end = offset.checked_add(len)?;
+        (end <= self.len).then(|| HostArea {
+            // SAFETY: offset <= end <= len.
+            ptr: unsafe { self.ptr.add(offset) },
+            len,
+            _keep: Arc::clone(&self._keep),
+        })
+    }
+
+    /// Whether the memory was taken away by its owner.
+    pub fn lost(&self) -> bool {
+        self._keep.lost()
     }
 
     /// The 16-bit field at `offset`.

@@ -145,7 +145,7 @@ impl RemoteRunner {
         let hurry = Arc::clone(&line.hurry);
         let failed = Arc::clone(&owner);
         let make = move |uring| Queue {
-            serial: device.serial(),
+            serial: device.serial() || setup.ordered,
             owner,
             device,
             map,

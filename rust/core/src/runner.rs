@@ -5,15 +5,17 @@
 //! lock. Its owner drives it in passes: `take` a batch of requests, submit what they queued, `complete` what has ended,
 //! `publish`.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::device::{Counters, Device, IoOp, QueueContext, Request, Step};
+use crate::dirty::DirtyLog;
 use crate::error::Fault;
 use crate::event::Waker;
-use crate::memory::MemoryMap;
+use crate::memory::{HostArea, MemoryMap};
 use crate::ring::any::Ring;
 use crate::ring::split::{AddressSpace, RingAddresses};
 use crate::ring::{feature, RingFeatures, MAX_QUEUE_SIZE};
@@ -114,6 +116,13 @@ pub struct QueueSetup {
     pub position: u32,
     /// All features the driver accepted.
     pub driver_features: u64,
+    /// Where what is in flight is recorded, if anywhere.
+    pub inflight: Option<HostArea>,
+    /// Requests are used in the order in which they were made available. Then the used index says all there is to know
+    /// about what is done, also after this process was killed.
+    pub ordered: bool,
+    /// Pages that are written are marked here.
+    pub log: Option<Arc<DirtyLog>>,
     /// Interrupts go here.
     pub call: Call,
     /// Counters.
@@ -139,6 +148,14 @@ struct Slot {
     generation: u64,
     /// It goes on with a copy, not with a result.
     copying: bool,
+    /// What it may write, in guest addresses; only while a log is kept.
+    writes: Vec<(u64, u64)>,
+}
+
+/// A request that waits to be used in its turn: the number it is used by, and what was written, once it is done.
+struct Turn {
+    head: u16,
+    written: Option<u32>,
 }
 
 /// A memory map that was replaced while requests pointed into it.
@@ -193,6 +210,12 @@ pub struct Runner {
     skipped: u32,
     /// The ring's areas are not in the memory map at the moment.
     suspended: bool,
+    /// Requests not used yet, in the order of the ring; None: they are used as they end.
+    turns: Option<VecDeque<Turn>>,
+    /// Pages that are written are marked here.
+    log: Option<Arc<DirtyLog>>,
+    /// The ring areas that are written, in guest addresses; only while a log is kept.
+    ring_writes: Vec<(u64, u64)>,
 }
 
 impl Runner {
@@ -201,7 +224,7 @@ impl Runner {
     /// # Errors
     /// As [`Ring::new`], with the queue named.
     pub fn new(device: Arc<dyn Device>, map: Arc<MemoryMap>, setup: QueueSetup) -> Result<Self, Fault> {
-        let ring = Ring::new(
+        let mut ring = Ring::new(
             &map,
             setup.space,
             setup.addresses,
@@ -211,8 +234,11 @@ impl Runner {
             setup.position,
         )
         .map_err(|fault| fault.on_queue(setup.index))?;
+        if let Some(area) = setup.inflight {
+            ring.track(area).map_err(|fault| fault.on_queue(setup.index))?;
+        }
         let serial = device.serial();
-        let runner = Self {
+        let mut runner = Self {
             device,
             ring,
             map,
@@ -240,7 +266,11 @@ impl Runner {
             patience: PATIENCE,
             skipped: 0,
             suspended: false,
+            turns: setup.ordered.then(VecDeque::new),
+            log: None,
+            ring_writes: Vec::new(),
         };
+        runner.set_log(setup.log);
         runner.note_positions();
         Ok(runner)
     }
@@ -351,7 +381,43 @@ impl Runner {
         self.current = 0;
         self.suspended = !self.ring.rebase(&map, self.space, self.addresses);
         self.map = map;
+        self.note_ring_writes();
         Ok(())
+    }
+
+    /// Keeps a log of the pages written from now on, or no more.
+    pub fn set_log(&mut self, log: Option<Arc<DirtyLog>>) {
+        self.log = log;
+        self.note_ring_writes();
+        if self.log.is_none() {
+            return;
+        }
+        // What is in flight already. Buffers that were done with before are in the guest's memory, which the front end
+        // copies as a whole after this.
+        for slot in &mut self.slots {
+            slot.writes.clear();
+            self.map.guest_ranges(&slot.request.chain.writable, &mut slot.writes);
+            if let Some(status) = &slot.request.scratch.status {
+                self.map.guest_byte(status, &mut slot.writes);
+            }
+        }
+    }
+
+    fn note_ring_writes(&mut self) {
+        self.ring_writes.clear();
+        if self.log.is_some() {
+            self.ring.written_areas(&self.map, &mut self.ring_writes);
+            // Whoever had the ring before may have left something unmarked: its last event fields.
+            self.log_ring();
+        }
+    }
+
+    /// The ring has been written.
+    #[inline]
+    fn log_ring(&self) {
+        if let Some(log) = &self.log {
+            log.mark_all(&self.ring_writes);
+        }
     }
 
     /// The fault to report when something went wrong: memory taken away by its owner explains everything else.
@@ -368,7 +434,8 @@ impl Runner {
     /// Whether memory was taken away.
     #[inline]
     pub fn lost(&self) -> Option<Fault> {
-        self.map.lost().then(|| {
+        let log_lost = self.log.as_ref().is_some_and(|log| log.lost());
+        (self.map.lost() || self.ring.record_lost() || log_lost).then(|| {
             Fault::new(
                 "memory.truncated",
                 "the front end's memory file shrank under its mapping",
@@ -418,7 +485,14 @@ impl Runner {
     /// Asks the driver to notify again; true when there is already something that can be taken.
     #[inline]
     pub fn enable_notification(&mut self) -> bool {
-        self.ring.enable_notification() && self.in_flight < self.limit()
+        let more = self.ring.enable_notification();
+        self.log_ring();
+        more && self.held() < self.limit()
+    }
+
+    /// Requests taken and not used.
+    fn held(&self) -> usize {
+        self.turns.as_ref().map_or(self.in_flight, VecDeque::len)
     }
 
     /// Requests that may be in flight at once.
@@ -447,6 +521,9 @@ impl Runner {
         while taken < count && bytes < BATCH_BYTES && self.copying == 0 {
             // A driver that reuses descriptors before they are used can have more in flight than the ring has
             // entries; it waits.
+            if self.held() >= self.limit() {
+                break;
+            }
             let Some(slot) = self.slot() else { break };
             if self.serial && self.in_flight > 0 {
                 self.free.push(slot);
@@ -456,6 +533,7 @@ impl Runner {
                 request,
                 generation,
                 copying,
+                writes,
             } = &mut self.slots[usize::from(slot)];
             request.chain.clear();
             request.scratch.clear();
@@ -470,6 +548,10 @@ impl Runner {
                     return Err(fault);
                 }
             }
+            if self.log.is_some() {
+                writes.clear();
+                self.map.guest_ranges(&request.chain.writable, writes);
+            }
             taken += 1;
             bytes += request.chain.readable.len() + request.chain.writable.len();
             let context = QueueContext {
@@ -479,11 +561,27 @@ impl Runner {
             };
             match self.device.start(request, &context) {
                 Ok(Step::Done(written)) => {
-                    self.ring.push_used(request.chain.head, written);
-                    self.pushed += 1;
+                    let head = request.chain.head;
+                    if let Some(log) = &self.log {
+                        log.mark_all(writes);
+                    }
+                    match &mut self.turns {
+                        Some(turns) if !turns.is_empty() => turns.push_back(Turn {
+                            head,
+                            written: Some(written),
+                        }),
+                        _ => {
+                            self.ring.push_used(head, written);
+                            self.pushed += 1;
+                        }
+                    }
                     self.free.push(slot);
                 }
                 Ok(Step::Io(op)) => {
+                    if let Some(turns) = &mut self.turns {
+                        let head = request.chain.head;
+                        turns.push_back(Turn { head, written: None });
+                    }
                     *generation = self.generation;
                     *copying = matches!(op, IoOp::Yield);
                     self.copying += usize::from(*copying);
@@ -492,6 +590,10 @@ impl Runner {
                     uring.queue(&op, self.tag | u64::from(slot));
                 }
                 Ok(Step::Wait) => {
+                    if let Some(turns) = &mut self.turns {
+                        let head = request.chain.head;
+                        turns.push_back(Turn { head, written: None });
+                    }
                     *generation = self.generation;
                     *copying = false;
                     self.current += 1;
@@ -522,6 +624,7 @@ impl Runner {
             request,
             generation,
             copying,
+            writes,
         }) = self.slots.get_mut(usize::from(slot))
         else {
             return;
@@ -536,14 +639,42 @@ impl Runner {
             Step::Io(op) => uring.queue(&op, self.tag | u64::from(slot)),
             Step::Wait => {}
             Step::Done(written) => {
-                self.ring.push_used(request.chain.head, written);
-                self.pushed += 1;
+                let head = request.chain.head;
+                if let Some(log) = &self.log {
+                    log.mark_all(writes);
+                }
                 self.free.push(slot);
                 if std::mem::take(copying) {
                     self.copying -= 1;
                 }
+                self.used(head, written);
                 self.landed(generation);
             }
+        }
+    }
+
+    /// A request that was in flight is done: it is used, at once or in its turn.
+    fn used(&mut self, head: u16, written: u32) {
+        let Some(turns) = &mut self.turns else {
+            self.ring.push_used(head, written);
+            self.pushed += 1;
+            return;
+        };
+        // Heads of requests in flight are the driver's: should it use one twice, either will do.
+        if let Some(turn) = turns
+            .iter_mut()
+            .find(|turn| turn.head == head && turn.written.is_none())
+        {
+            turn.written = Some(written);
+        }
+        while let Some(&Turn {
+            head,
+            written: Some(written),
+        }) = turns.front()
+        {
+            turns.pop_front();
+            self.ring.push_used(head, written);
+            self.pushed += 1;
         }
     }
 
@@ -588,6 +719,7 @@ impl Runner {
     pub fn publish_quietly(&mut self) -> bool {
         let published = self.ring.publish();
         if published {
+            self.log_ring();
             QueueStats::bump(&self.stats.requests, self.pushed);
             self.pushed = 0;
         }

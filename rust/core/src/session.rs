@@ -13,17 +13,20 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
-    BackendReq, FrontendReq, VhostUserConfig, VhostUserMemory, VhostUserMemoryRegion, VhostUserProtocolFeatures,
-    VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr, VhostUserVringState, MAX_ATTACHED_FD_ENTRIES,
-    MAX_MSG_SIZE,
+    BackendReq, FrontendReq, VhostUserConfig, VhostUserInflight, VhostUserLog, VhostUserMemory, VhostUserMemoryRegion,
+    VhostUserProtocolFeatures, VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr, VhostUserVringState,
+    MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE,
 };
 use vm_memory::ByteValued;
 
+use crate::dirty::DirtyLog;
 use crate::error::{Fault, Result};
-use crate::member::{feature, Member};
-use crate::memory::MAX_REGIONS;
+use crate::member::{feature, Inflight, Member};
+use crate::memory::{MemoryMap, MAX_REGIONS};
+use crate::ring::inflight;
 use crate::ring::split::RingAddresses;
-use crate::sys::PeerFd;
+use crate::ring::MAX_QUEUE_SIZE;
+use crate::sys::{self, PeerFd};
 
 /// Bytes of a message header: request, flags, payload size, each a little-endian u32.
 pub const HEADER_SIZE: usize = 12;
@@ -32,18 +35,26 @@ pub const MAX_FDS: usize = MAX_ATTACHED_FD_ENTRIES;
 /// Largest device configuration that can be asked for (VHOST_USER_MAX_CONFIG_SIZE of QEMU).
 pub const MAX_CONFIG: u32 = 256;
 
+/// Features of the connection, not of the driver.
+const TRANSPORT: u64 = feature::PROTOCOL_FEATURES | feature::LOG_ALL;
+
 const VERSION: u32 = 1;
 const FLAG_REPLY: u32 = 4;
 const FLAG_NEED_REPLY: u32 = 8;
 /// In the payload of kick, call and err: there is no fd.
 const VRING_NOFD: u64 = 1 << 8;
 
-/// Protocol features we implement. Later: LOG_SHMFD, INFLIGHT_SHMFD; never a bit whose message isn't in the table.
+/// Bytes of an in-flight description without the padding that QEMU's has.
+const INFLIGHT_BYTES: usize = 20;
+
+/// Protocol features we implement; never a bit whose message isn't in the table.
 pub fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::STATUS
@@ -54,6 +65,8 @@ pub fn protocol_features() -> VhostUserProtocolFeatures {
 pub struct Outcome {
     /// Send this on the connection.
     pub reply: Option<Vec<u8>>,
+    /// With this fd.
+    pub reply_fd: Option<OwnedFd>,
     /// Wait for the completion with this token, then call [`Session::resume`]; no other message before.
     pub pending: Option<u64>,
     /// The channel for back-end requests.
@@ -122,6 +135,25 @@ fn rule(request: FrontendReq) -> Option<Rule> {
             let size = size_of::<VhostUserSingleMemoryRegion>();
             exact(size, (0, 1), VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
         }
+        R::SET_LOG_BASE => Rule {
+            size: (size_of::<VhostUserLog>(), size_of::<VhostUserLog>()),
+            fds: (1, 1),
+            needs: VhostUserProtocolFeatures::LOG_SHMFD,
+            replies: true,
+        },
+        R::SET_LOG_FD => exact(0, (1, 1), VhostUserProtocolFeatures::LOG_SHMFD),
+        R::GET_INFLIGHT_FD => Rule {
+            size: (INFLIGHT_BYTES, size_of::<VhostUserInflight>()),
+            fds: (0, 0),
+            needs: VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            replies: true,
+        },
+        R::SET_INFLIGHT_FD => Rule {
+            size: (INFLIGHT_BYTES, size_of::<VhostUserInflight>()),
+            fds: (1, 1),
+            needs: VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            replies: false,
+        },
         R::SET_BACKEND_REQ_FD => exact(0, (1, 1), VhostUserProtocolFeatures::BACKEND_REQ),
         R::GET_CONFIG | R::SET_CONFIG => Rule {
             size: (size_of::<VhostUserConfig>(), MAX_MSG_SIZE),
@@ -201,6 +233,8 @@ enum After {
     Reset,
     /// The ring has stopped: answer GET_VRING_BASE.
     Base(u64),
+    /// All rings have the log: answer SET_LOG_BASE.
+    Log,
     /// The connection is over: `Member::finish_detach`.
     Detach,
 }
@@ -219,6 +253,8 @@ enum Done {
     Ok,
     /// Send this payload.
     Reply(Vec<u8>),
+    /// Send this payload and an fd.
+    ReplyFd(Vec<u8>, OwnedFd),
     /// Acknowledge with 1, if asked to; the connection goes on.
     Refused,
     /// Wait.
@@ -280,6 +316,10 @@ impl Session {
             Ok(Done::Ok) => outcome.reply = wants_ack.then(|| self.ack(request, 0)),
             Ok(Done::Refused) => outcome.reply = wants_ack.then(|| self.ack(request, 1)),
             Ok(Done::Reply(bytes)) => outcome.reply = Some(message(request, FLAG_REPLY, &bytes)),
+            Ok(Done::ReplyFd(bytes, fd)) => {
+                outcome.reply = Some(message(request, FLAG_REPLY, &bytes));
+                outcome.reply_fd = Some(fd);
+            }
             Ok(Done::Channel(fd)) => {
                 outcome.backend_channel = Some(fd);
                 outcome.reply = wants_ack.then(|| self.ack(request, 0));
@@ -325,6 +365,7 @@ impl Session {
                     Err(fault) => outcome.error = Some(fault),
                 }
             }
+            After::Log => outcome.reply = Some(self.ack(pending.request, 0)),
             After::Detach => self.member.finish_detach(),
         }
         outcome.config_changed = self.config_pending && self.live();
@@ -334,9 +375,7 @@ impl Session {
     fn base_reply(&self, index: u64) -> std::result::Result<Vec<u8>, Fault> {
         let base = self.member.queue_base(index)?;
         // The index fits: it named a queue.
-        Ok(VhostUserVringState::new(index as u32, u32::from(base))
-            .as_slice()
-            .to_vec())
+        Ok(VhostUserVringState::new(index as u32, base).as_slice().to_vec())
     }
 
     /// Checks a message against the table and carries it out. The bool: it has a reply of its own.
@@ -419,8 +458,8 @@ impl Session {
         let reply = |value: u64| Ok(Done::Reply(value.to_le_bytes().to_vec()));
         let wait = |token: Option<u64>| token.map_or(Done::Ok, |token| Done::Pending(token, After::Nothing));
         match code {
-            R::GET_FEATURES => reply(member.offered_features() | feature::PROTOCOL_FEATURES),
-            R::SET_FEATURES => member.set_features(value(), feature::PROTOCOL_FEATURES).map(wait),
+            R::GET_FEATURES => reply(member.offered_features() | TRANSPORT),
+            R::SET_FEATURES => member.set_features(value(), TRANSPORT).map(wait),
             R::GET_PROTOCOL_FEATURES => reply(protocol_features().bits()),
             R::SET_PROTOCOL_FEATURES => self.set_protocol_features(value()),
             R::GET_QUEUE_NUM => reply(u64::from(member.device().queues())),
@@ -457,12 +496,13 @@ impl Session {
             }
             R::SET_VRING_ADDR => {
                 let addr = decode::<VhostUserVringAddr>(payload);
-                // Bit 0 asks for logging, with LOG_SHMFD.
-                if addr.flags != 0 {
-                    let flags = addr.flags;
+                // Bit 0 asks for the ring itself to be logged. It is whenever there is a log, at the addresses that it has
+                // in memory; the one in the message is not needed.
+                let flags = addr.flags;
+                if flags & !1 != 0 {
                     return Err(Fault::new(
                         "vring.flags",
-                        format!("flags {flags:#x}; none are known here"),
+                        format!("flags {flags:#x}; 0 or 1 is allowed"),
                     ));
                 }
                 let addresses = RingAddresses {
@@ -503,6 +543,22 @@ impl Session {
                     .remove_memory(region.guest_phys_addr, region.memory_size, region.user_addr)
                     .map(wait)
             }
+            R::SET_LOG_BASE => {
+                let log = decode::<VhostUserLog>(payload);
+                let fd = fds
+                    .first()
+                    .ok_or_else(|| Fault::new("message.fds", "a log without its fd"))?;
+                let mappings = member.pool().mappings();
+                let token = member.set_log(DirtyLog::map(mappings, fd, log.mmap_size, log.mmap_offset)?)?;
+                Ok(match token {
+                    Some(token) => Done::Pending(token, After::Log),
+                    None => Done::Reply(0u64.to_le_bytes().to_vec()),
+                })
+            }
+            // To be told of each page: nobody does any more. The fd is closed here, not kept.
+            R::SET_LOG_FD => Ok(Done::Ok),
+            R::GET_INFLIGHT_FD => Self::get_inflight(&member, payload),
+            R::SET_INFLIGHT_FD => Self::set_inflight(&member, payload, fds.first()),
             R::SET_BACKEND_REQ_FD => match fds.into_iter().next().and_then(PeerFd::into_unix_stream) {
                 Some(fd) => {
                     self.has_channel = true;
@@ -584,6 +640,39 @@ impl Session {
             region.user_addr,
             region.mmap_offset,
         )
+    }
+
+    /// Makes memory for the records of what is in flight; the front end keeps it.
+    fn get_inflight(member: &Member, payload: &[u8]) -> Handled {
+        let mut wanted = decode::<VhostUserInflight>(payload);
+        let (queues, size) = (wanted.num_queues, wanted.queue_size);
+        if !(1..=member.device().queues()).contains(&queues) || !(1..=MAX_QUEUE_SIZE).contains(&size) {
+            return Err(Fault::new(
+                "inflight.queues",
+                format!(
+                    "memory for {queues} queues of {size}; up to {} of {MAX_QUEUE_SIZE} are served",
+                    member.device().queues()
+                ),
+            ));
+        }
+        wanted.mmap_offset = 0;
+        wanted.mmap_size = u64::from(queues) * inflight::region_size(size, member.packed());
+        let fd = sys::shared_memory("vhost-user-inflight", wanted.mmap_size)
+            .map_err(|e| Fault::new("inflight.memory", format!("no memory for requests in flight: {e}")))?;
+        Ok(Done::ReplyFd(wanted.as_slice()[..payload.len()].to_vec(), fd))
+    }
+
+    fn set_inflight(member: &Member, payload: &[u8], fd: Option<&PeerFd>) -> Handled {
+        let given = decode::<VhostUserInflight>(payload);
+        let fd = fd.ok_or_else(|| Fault::new("message.fds", "an in-flight region without its fd"))?;
+        let region = member
+            .pool()
+            .mappings()
+            .region(fd, 0, given.mmap_size, 0, given.mmap_offset)?;
+        let area = Arc::new(MemoryMap::default().with(region)?).area_by_guest(0, given.mmap_size);
+        let area = area.ok_or_else(|| Fault::new("inflight.size", "an in-flight region that can't be mapped"))?;
+        member.set_inflight(Inflight::new(area, given.num_queues)?)?;
+        Ok(Done::Ok)
     }
 
     fn set_mem_table(&self, payload: &[u8], fds: &[PeerFd]) -> std::result::Result<Option<u64>, Fault> {

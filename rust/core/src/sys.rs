@@ -470,6 +470,23 @@ pub fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Shared memory without a name, all zeroes. Nobody can change its size.
+///
+/// # Errors
+/// What the kernel says.
+pub fn shared_memory(name: &str, size: u64) -> io::Result<OwnedFd> {
+    let name = std::ffi::CString::new(name)?;
+    // SAFETY: the name is a live string.
+    let fd = check(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) })?;
+    // SAFETY: a new fd that nobody else knows.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.set_len(size)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: no pointers are involved.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
+    Ok(file.into())
+}
+
 /// Whether connections can be accepted from a stream socket of the UNIX family.
 pub fn is_unix_listener(fd: &OwnedFd) -> bool {
     is_unix_stream(fd) && socket_option(fd, libc::SO_ACCEPTCONN) == Some(1)

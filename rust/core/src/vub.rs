@@ -145,6 +145,9 @@ impl Adapter {
                     space: AddressSpace::Guest,
                     position: u32::from(next_avail),
                     driver_features: *features,
+                    inflight: None,
+                    ordered: false,
+                    log: None,
                     call: Call::default(),
                     stats: self.member.queue_stats(index),
                 };

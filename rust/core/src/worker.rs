@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::dirty::DirtyLog;
 use crate::error::{Error, Fault, Result};
 use crate::event::{Completion, Event, Events, Waker};
 use crate::memory::{MappingCache, MemoryMap};
@@ -125,6 +126,7 @@ enum Command {
     Resume(u64, u16),
     SetMemory(u64, Arc<MemoryMap>, Completion),
     SetFeatures(u64, u64, Completion),
+    SetLog(u64, Option<Arc<DirtyLog>>, Completion),
     AddSource(u64, Box<dyn Source>),
     WakeSource(u64),
     RemoveSource(u64, Completion),
@@ -207,6 +209,11 @@ impl QueueHandle {
     /// Replaces the accepted features.
     pub fn set_features(&self, features: u64, done: Completion) {
         self.worker.send(Command::SetFeatures(self.key, features, done));
+    }
+
+    /// Has pages that are written marked in a log from now on, or no more.
+    pub fn set_log(&self, log: Option<Arc<DirtyLog>>, done: Completion) {
+        self.worker.send(Command::SetLog(self.key, log, done));
     }
 
     /// Replaces the memory map.
@@ -1082,6 +1089,11 @@ impl Worker {
                 if let Some((index, queue)) = self.queue(key) {
                     queue.runner.set_features(features);
                     self.wake_queue(index);
+                }
+            }
+            Command::SetLog(key, log, _done) => {
+                if let Some((_, queue)) = self.queue(key) {
+                    queue.runner.set_log(log);
                 }
             }
             Command::AddSource(key, source) => self.add_source(key, source),

@@ -87,6 +87,9 @@ impl Bench {
             space: AddressSpace::Guest,
             position: 0,
             driver_features: features,
+            inflight: None,
+            ordered: false,
+            log: None,
             call: Call::default(),
             stats: Arc::clone(&stats),
         };

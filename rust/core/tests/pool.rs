@@ -132,7 +132,7 @@ impl Bed {
         let token = self.member.stop_queue(0).unwrap();
         self.wait(token);
         self.member.collect();
-        self.member.queue_base(0).unwrap()
+        self.member.queue_base(0).unwrap() as u16
     }
 
     fn kick(&self) {

@@ -16,9 +16,11 @@ use common::{memfd, peer, Guest, Ring, USER};
 use vhu_core::device::{ConfigField, Device, IoOp, QueueContext, Request, Step};
 use vhu_core::error::Fault;
 use vhu_core::event::Event;
-use vhu_core::member::{Member, MemberOptions};
+use vhu_core::member::{Inflight, Member, MemberOptions};
+use vhu_core::memory::MemoryMap;
+use vhu_core::ring::inflight;
 use vhu_core::ring::split::RingAddresses;
-use vhu_core::sys;
+use vhu_core::sys::{self, PeerFd};
 use vhu_core::worker::Pool;
 
 const BASE: u64 = 0x10_0000;
@@ -145,6 +147,13 @@ impl Bed {
         let region = self.pool.mappings().region(&fd, BASE, SIZE, BASE + USER, 0).unwrap();
         let token = self.member.add_memory(region).unwrap();
         assert!(token.is_none());
+        // With a record of what is in flight, as QEMU has it: without, requests are used in order only.
+        let size = self.rings.len() as u64 * inflight::region_size(1024, false);
+        let fd = PeerFd::from(sys::shared_memory("inflight", size).unwrap());
+        let record = self.pool.mappings().region(&fd, 0, size, 0, 0).unwrap();
+        let map = Arc::new(MemoryMap::default().with(record).unwrap());
+        let record = Inflight::new(map.area_by_guest(0, size).unwrap(), self.rings.len() as u16).unwrap();
+        self.member.set_inflight(record).unwrap();
         for (index, ring) in self.rings.iter().enumerate() {
             let index = index as u64;
             let a = ring.addresses;

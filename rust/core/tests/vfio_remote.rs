@@ -366,6 +366,9 @@ impl Table {
             space: AddressSpace::Guest,
             position: self.stats.position.load(Ordering::Relaxed),
             driver_features: self.driver.features,
+            inflight: None,
+            ordered: false,
+            log: None,
             call: Call {
                 fd: Some(Arc::clone(&self.call)),
                 isr: Some(Arc::clone(&self.isr)),
@@ -802,6 +805,9 @@ fn a_hostile_driver() {
         space: AddressSpace::Guest,
         position: 0,
         driver_features: 0,
+        inflight: None,
+        ordered: false,
+        log: None,
         call: Call::default(),
         stats: Arc::clone(&table.stats),
     };

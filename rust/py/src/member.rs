@@ -23,8 +23,9 @@ pub struct Member {
     blk: Arc<Blk>,
 }
 
-fn open(py: Python<'_>, image: &str, read_only: bool, options: BlkOptions) -> PyResult<Arc<Blk>> {
-    py.detach(|| Image::open(image, read_only).and_then(|image| Blk::new(image, options)))
+fn open(py: Python<'_>, image: &str, read_only: bool, shared: bool, options: BlkOptions) -> PyResult<Arc<Blk>> {
+    let open = if shared { Image::open_shared } else { Image::open };
+    py.detach(|| open(image, read_only).and_then(|image| Blk::new(image, options)))
         .map(Arc::new)
         .map_err(|e| to_py(py, &e))
 }
@@ -42,7 +43,7 @@ fn check_vectors(vectors: u16) -> PyResult<u16> {
 #[pymethods]
 impl Member {
     #[staticmethod]
-    #[pyo3(signature = (pool, id, image, *, read_only=false, queues=1, queue_size=256, legacy=true, blk_size=512, serial="", packed=false, vectors=None))]
+    #[pyo3(signature = (pool, id, image, *, read_only=false, queues=1, queue_size=256, legacy=true, blk_size=512, serial="", packed=false, in_order=false, shared=false, vectors=None))]
     #[allow(clippy::too_many_arguments)]
     fn blk(
         py: Python<'_>,
@@ -56,6 +57,8 @@ impl Member {
         blk_size: u32,
         serial: &str,
         packed: bool,
+        in_order: bool,
+        shared: bool,
         vectors: Option<u16>,
     ) -> PyResult<Self> {
         let options = BlkOptions {
@@ -64,11 +67,12 @@ impl Member {
             blk_size,
             serial: serial.to_owned(),
         };
-        let blk = open(py, image, read_only, options)?;
+        let blk = open(py, image, read_only, shared, options)?;
         let device = Arc::clone(&blk);
         let options = MemberOptions {
             legacy,
             packed,
+            in_order,
             vectors: check_vectors(vectors.unwrap_or(queues + 1))?,
             admin: None,
         };
@@ -80,7 +84,7 @@ impl Member {
 
     /// The owner itself: member 0, with administration virtqueues behind its own.
     #[staticmethod]
-    #[pyo3(signature = (pool, group, image, *, read_only=false, queues=1, queue_size=256, blk_size=512, serial="", packed=false, vectors=None))]
+    #[pyo3(signature = (pool, group, image, *, read_only=false, queues=1, queue_size=256, blk_size=512, serial="", packed=false, in_order=false, shared=false, vectors=None))]
     #[allow(clippy::too_many_arguments)]
     fn owner(
         py: Python<'_>,
@@ -93,6 +97,8 @@ impl Member {
         blk_size: u32,
         serial: &str,
         packed: bool,
+        in_order: bool,
+        shared: bool,
         vectors: Option<u16>,
     ) -> PyResult<Self> {
         let options = BlkOptions {
@@ -101,12 +107,13 @@ impl Member {
             blk_size,
             serial: serial.to_owned(),
         };
-        let blk = open(py, image, read_only, options)?;
+        let blk = open(py, image, read_only, shared, options)?;
         let device = Arc::clone(&blk);
         let count = group.inner.core().options.admin_queues;
         let options = MemberOptions {
             legacy: false,
             packed,
+            in_order,
             vectors: check_vectors(vectors.unwrap_or(queues + count + 1))?,
             admin: Some(AdminQueues {
                 device: group.inner.function_device(),

@@ -20,6 +20,8 @@ pub struct Outcome {
     #[pyo3(get)]
     pending: Option<u64>,
     /// Handed over when asked for; closed with this object otherwise.
+    reply_fd: Mutex<Option<OwnedFd>>,
+    /// As `reply_fd`.
     backend_channel: Mutex<Option<OwnedFd>>,
     #[pyo3(get)]
     config_changed: bool,
@@ -31,6 +33,7 @@ impl Outcome {
         Self {
             reply: outcome.reply.map(|bytes| PyBytes::new(py, &bytes).unbind()),
             pending: outcome.pending,
+            reply_fd: Mutex::new(outcome.reply_fd),
             backend_channel: Mutex::new(outcome.backend_channel),
             config_changed: outcome.config_changed,
             error: outcome.error,
@@ -43,6 +46,14 @@ impl Outcome {
     #[getter]
     fn reply<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
         self.reply.as_ref().map(|bytes| bytes.bind(py).clone())
+    }
+
+    fn take_reply_fd(&self) -> Option<RawFd> {
+        self.reply_fd
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+            .map(IntoRawFd::into_raw_fd)
     }
 
     fn take_backend_channel(&self) -> Option<RawFd> {

@@ -300,7 +300,7 @@ impl Blk {
         }
         if reopen {
             let spec = image.unwrap_or(&old.spec);
-            let new = Image::open_after(spec, ro, Some(&old)).and_then(|new| {
+            let new = Image::open_after(spec, ro, old.shared, Some(&old)).and_then(|new| {
                 // Resizing comes last: whatever is refused before leaves the file as it is.
                 self.check_blocks(&new)?;
                 size.map_or(Ok(()), |size| new.resize(size))?;

@@ -99,6 +99,8 @@ pub struct Image {
     pub storage: Storage,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Whether others may have it open for writing, too.
+    pub shared: bool,
     /// Size in bytes, a multiple of [`SECTOR`]. Changes on resize.
     size: AtomicU64,
 }
@@ -112,7 +114,16 @@ impl Image {
     /// # Errors
     /// [`Error::Image`].
     pub fn open(spec: &str, read_only: bool) -> Result<Self> {
-        Self::open_after(spec, read_only, None)
+        Self::open_after(spec, read_only, false, None)
+    }
+
+    /// As `open`, but the lock is a shared one: all who open it like that can write it, and have to see to it that one at a
+    /// time does (the two ends of a live migration).
+    ///
+    /// # Errors
+    /// [`Error::Image`].
+    pub fn open_shared(spec: &str, read_only: bool) -> Result<Self> {
+        Self::open_after(spec, read_only, true, None)
     }
 
     /// Opens `spec` in place of `old`, which may be an opening of the same file: its lock is then handed on, and
@@ -120,7 +131,7 @@ impl Image {
     ///
     /// # Errors
     /// [`Error::Image`]; `old` is as before.
-    pub fn open_after(spec: &str, read_only: bool, old: Option<&Image>) -> Result<Self> {
+    pub fn open_after(spec: &str, read_only: bool, shared: bool, old: Option<&Image>) -> Result<Self> {
         let fail = |reason: String| Error::Image {
             spec: spec.to_owned(),
             reason,
@@ -150,14 +161,14 @@ impl Image {
                 .map_err(|e| fail(e.to_string()))?;
             let size = file_size(&file).map_err(&fail)?;
             check_size(size).map_err(&fail)?;
-            let before = old.and_then(|image| image.same_file(&file).map(|old_file| (old_file, image.read_only)));
+            let before = old.and_then(|image| image.same_file(&file).map(|old_file| (old_file, image.exclusive())));
             if let Some((old_file, _)) = before {
                 sys::unlock(old_file);
             }
-            let locked = sys::try_lock(&file, !read_only);
+            let locked = sys::try_lock(&file, !read_only && !shared);
             if !matches!(locked, Ok(true)) {
-                if let Some((old_file, old_read_only)) = before {
-                    let _ = sys::try_lock(old_file, !old_read_only);
+                if let Some((old_file, exclusive)) = before {
+                    let _ = sys::try_lock(old_file, exclusive);
                 }
             }
             if !locked.map_err(|e| fail(format!("locking: {e}")))? {
@@ -169,6 +180,7 @@ impl Image {
             spec: spec.to_owned(),
             storage,
             read_only,
+            shared,
             size: AtomicU64::new(size),
         })
     }
@@ -182,10 +194,14 @@ impl Image {
         (a.dev == b.dev && a.ino == b.ino).then_some(ours)
     }
 
+    fn exclusive(&self) -> bool {
+        !self.read_only && !self.shared
+    }
+
     /// Takes the lock again that a failed replacement may have taken over.
     pub fn lock_again(&self) {
         if let Storage::File(file) = &self.storage {
-            if !matches!(sys::try_lock(file, !self.read_only), Ok(true)) {
+            if !matches!(sys::try_lock(file, self.exclusive()), Ok(true)) {
                 log::error!("image {}: its lock was lost to somebody else", self.spec);
             }
         }

@@ -351,9 +351,7 @@ impl Member {
             | feature::EVENT_IDX
             | feature::VERSION_1
             | feature::RING_RESET;
-        if self.packed {
-            offered |= feature::RING_PACKED;
-        }
+        offered |= self.ring_formats();
         if self.admin.is_some() {
             offered |= feature::SR_IOV | feature::ADMIN_VQ;
         }
@@ -370,7 +368,7 @@ impl Member {
     /// All features that this member could be assigned.
     pub fn manageable_features(&self) -> u64 {
         let ring = feature::INDIRECT_DESC | feature::EVENT_IDX | feature::VERSION_1 | feature::RING_RESET;
-        let packed = if self.packed { feature::RING_PACKED } else { 0 };
+        let packed = self.ring_formats();
         let legacy = if self.legacy() { LEGACY_ONLY } else { 0 };
         self.device.known_features() | ring | packed | legacy
     }

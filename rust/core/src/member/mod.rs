@@ -18,11 +18,13 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::device::Device;
+use crate::dirty::DirtyLog;
 use crate::error::{Error, Fault, Result};
 use crate::event::{Completion, Event};
-use crate::memory::{MemoryMap, Region};
+use crate::memory::{HostArea, MemoryMap, Region};
 use crate::remote::{RemoteRunner, RemoteStart};
 use crate::ring::any::{self, fresh_position};
+use crate::ring::inflight;
 use crate::ring::split::{self, AddressSpace, RingAddresses};
 use crate::ring::MAX_QUEUE_SIZE;
 use crate::runner::{ring_features, Call, QueueSetup, QueueStats, Runner};
@@ -145,6 +147,14 @@ impl Handle {
         }
     }
 
+    fn set_log(&self, log: Option<Arc<DirtyLog>>, done: Completion) {
+        match self {
+            Self::Worker(queue) => queue.set_log(log, done),
+            // Only PCI functions have these, and nobody asks them for a log.
+            Self::Thread(_) => drop(done),
+        }
+    }
+
     fn worker(&self) -> Option<u32> {
         match self {
             Self::Worker(queue) => Some(queue.worker_index),
@@ -177,6 +187,11 @@ struct Queue {
     /// Times it has been started: tells the end of an old ring from that of its successor.
     starts: u64,
     stats: Arc<QueueStats>,
+    /// Where the front end was told to go on. Another position that it then sets is its own choice: the record of what is in
+    /// flight says nothing about it.
+    told: Option<u32>,
+    /// Requests that were in flight before are none of this ring's.
+    begins_anew: bool,
     /// PCI: queue_enable, or a PFN other than 0.
     active: bool,
     /// PCI: MSI-X vector.
@@ -227,6 +242,7 @@ impl Queue {
             self.bell = None;
             if !std::mem::take(&mut self.discard) {
                 self.position = Some(self.stats.position.load(Ordering::Relaxed));
+                self.told = self.position;
             }
         }
     }
@@ -256,6 +272,8 @@ impl Queue {
             run: Run::Stopped,
             starts: 0,
             stats: Arc::default(),
+            told: None,
+            begins_anew: false,
             active: false,
             vector: NO_VECTOR,
             bell: None,
@@ -330,7 +348,53 @@ struct Registers {
     protocol_features: u64,
     status: u8,
     map: Arc<MemoryMap>,
+    /// Where what is in flight is recorded.
+    inflight: Option<Inflight>,
+    /// The log of written pages, kept while the front end asks for it.
+    log: Option<Arc<DirtyLog>>,
+    logging: bool,
     queues: Vec<Queue>,
+}
+
+impl Registers {
+    /// The record of a queue, if there is one with room for its ring.
+    fn record(&self, index: u64, size: u16, packed: bool) -> Option<HostArea> {
+        let inflight = self.inflight.as_ref()?;
+        let index = u16::try_from(index).ok()?;
+        let (offset, len) = inflight::region_place(inflight.area.len() as u64, inflight.queues, index)?;
+        let area = inflight.area.part(offset as usize, len as usize)?;
+        (inflight::capacity(&area, packed) >= usize::from(size)).then_some(area)
+    }
+
+    /// The log, if it is to be kept.
+    fn active_log(&self) -> Option<Arc<DirtyLog>> {
+        self.log.clone().filter(|_| self.logging)
+    }
+}
+
+/// The front end's memory for requests in flight.
+pub struct Inflight {
+    area: HostArea,
+    queues: u16,
+}
+
+impl Inflight {
+    /// Uses mapped memory for the records of so many queues.
+    ///
+    /// # Errors
+    /// `inflight.alignment`, `inflight.queues`.
+    pub fn new(area: HostArea, queues: u16) -> std::result::Result<Self, Fault> {
+        if !area.is_aligned(8) {
+            return Err(Fault::new(
+                "inflight.alignment",
+                "the in-flight region is not 8-byte aligned",
+            ));
+        }
+        if queues == 0 {
+            return Err(Fault::new("inflight.queues", "an in-flight region for no queue at all"));
+        }
+        Ok(Self { area, queues })
+    }
 }
 
 /// A member of the group.
@@ -340,6 +404,7 @@ pub struct Member {
     device: Arc<dyn Device>,
     legacy: AtomicBool,
     packed: bool,
+    in_order: bool,
     vectors: u16,
     admin: Option<AdminQueues>,
     on_reset: OnceLock<Box<dyn Fn() + Send + Sync>>,
@@ -360,8 +425,10 @@ pub struct AdminQueues {
 pub struct MemberOptions {
     /// Legacy drivers are welcome.
     pub legacy: bool,
-    /// Packed rings are offered (to drivers of its PCI functions).
+    /// Packed rings are offered.
     pub packed: bool,
+    /// IN_ORDER is offered.
+    pub in_order: bool,
     /// Size of the MSI-X table; 0: there is none.
     pub vectors: u16,
     /// It is an owner, with these.
@@ -450,6 +517,7 @@ impl Member {
             device,
             legacy: AtomicBool::new(options.legacy),
             packed: options.packed,
+            in_order: options.in_order,
             vectors: options.vectors,
             admin: options.admin,
             on_reset: OnceLock::new(),
@@ -475,6 +543,9 @@ impl Member {
                 protocol_features: 0,
                 status: 0,
                 map: Arc::default(),
+                inflight: None,
+                log: None,
+                logging: false,
                 queues,
             }),
         })
@@ -554,7 +625,13 @@ impl Member {
     fn transport_features(&self) -> u64 {
         let modern = feature::INDIRECT_DESC | feature::EVENT_IDX | feature::VERSION_1;
         let legacy = feature::NOTIFY_ON_EMPTY | feature::ANY_LAYOUT;
-        modern | if self.legacy() { legacy } else { 0 }
+        modern | self.ring_formats() | if self.legacy() { legacy } else { 0 }
+    }
+
+    /// What an operator lets it offer for rings.
+    fn ring_formats(&self) -> u64 {
+        let packed = if self.packed { feature::RING_PACKED } else { 0 };
+        packed | if self.in_order { feature::IN_ORDER } else { 0 }
     }
 
     /// Takes the member for one front end.
@@ -608,6 +685,9 @@ impl Member {
         registers.driver_features = 0;
         registers.features_written = false;
         registers.protocol_features = 0;
+        registers.inflight = None;
+        registers.log = None;
+        registers.logging = false;
         let memory = std::mem::take(&mut registers.map);
         if memory.size() > LARGE_MEMORY {
             // When QEMU has died ours is the last mapping, and unmapping it frees the whole guest.
@@ -696,10 +776,43 @@ impl Member {
             return Err(Fault::new("features.running", "ring features change while a ring runs"));
         }
         registers.features_written = true;
-        if std::mem::replace(&mut registers.driver_features, features) == features {
+        // Not a feature of the driver's: the front end switches it on and off while the driver goes on.
+        let logging = features & feature::LOG_ALL != 0;
+        let features = features & !feature::LOG_ALL;
+        let same_log = std::mem::replace(&mut registers.logging, logging) == logging;
+        if std::mem::replace(&mut registers.driver_features, features) == features && same_log {
             return Ok(None);
         }
-        Ok(self.tell_running(&registers, |handle, done| handle.set_features(features, done)))
+        let log = registers.active_log();
+        Ok(self.tell_running(&registers, |handle, done| {
+            handle.set_features(features, done.clone());
+            handle.set_log(log.clone(), done);
+        }))
+    }
+
+    /// The front end's log of written pages; it is kept while LOG_ALL is accepted. Some: wait until all rings have it.
+    ///
+    /// # Errors
+    /// `log.size`.
+    pub fn set_log(&self, log: DirtyLog) -> std::result::Result<Option<u64>, Fault> {
+        let mut registers = self.lock();
+        log.covers(&registers.map)?;
+        registers.log = Some(Arc::new(log));
+        let log = registers.active_log();
+        Ok(self.tell_running(&registers, |handle, done| handle.set_log(log.clone(), done)))
+    }
+
+    /// Where the rings record what they have in flight, from their next start on.
+    ///
+    /// # Errors
+    /// `inflight.running`.
+    pub fn set_inflight(&self, inflight: Inflight) -> std::result::Result<(), Fault> {
+        let mut registers = self.lock();
+        if registers.queues.iter().any(|queue| queue.running().is_some()) {
+            return Err(Fault::new("inflight.running", "SET_INFLIGHT_FD while a ring runs"));
+        }
+        registers.inflight = Some(inflight);
+        Ok(())
     }
 
     /// The vhost-user protocol features in force, for people.
@@ -759,6 +872,17 @@ impl Member {
         self.set_status_register(registers, 0);
         // The front end goes on speaking vhost-user with protocol features.
         registers.driver_features &= feature::PROTOCOL_FEATURES;
+        registers.logging = false;
+        if let Some(inflight) = &registers.inflight {
+            // The driver knows of no request any more.
+            for index in 0..inflight.queues {
+                let place = inflight::region_place(inflight.area.len() as u64, inflight.queues, index);
+                let area = place.and_then(|(offset, len)| inflight.area.part(offset as usize, len as usize));
+                if let Some(area) = area {
+                    inflight::clear(&area);
+                }
+            }
+        }
         registers.features_written = false;
         for queue in &mut registers.queues {
             let stats = Arc::clone(&queue.stats);
@@ -823,10 +947,11 @@ impl Member {
     pub fn set_queue_size(&self, index: u64, size: u64) -> std::result::Result<(), Fault> {
         let max = MAX_QUEUE_SIZE;
         let mut registers = self.lock();
+        let packed = registers.driver_features & feature::RING_PACKED != 0;
         let queue = Self::queue(&mut registers, index)?;
         let wanted = u16::try_from(size)
             .ok()
-            .filter(|size| size.is_power_of_two() && *size <= max);
+            .filter(|size| (size.is_power_of_two() || packed) && (1..=max).contains(size));
         let Some(size) = wanted else {
             return Err(Fault::new(
                 "vring.size",
@@ -848,6 +973,7 @@ impl Member {
     pub fn set_queue_addresses(&self, index: u64, addresses: RingAddresses) -> std::result::Result<(), Fault> {
         let mut registers = self.lock();
         let map = Arc::clone(&registers.map);
+        let features = registers.driver_features;
         let queue = Self::queue(&mut registers, index)?;
         if queue.running().is_some() {
             // The same again is fine: QEMU repeats the message to switch logging flags.
@@ -858,28 +984,33 @@ impl Member {
             };
         }
         if !map.is_empty() {
-            resolve(&map, AddressSpace::User, addresses, queue.size, 0)
+            resolve(&map, AddressSpace::User, addresses, queue.size, features)
                 .map_err(|fault| fault.on_queue(index as u16))?;
         }
         queue.addresses = Some(addresses);
         self.try_start(&mut registers, index)
     }
 
-    /// Where to go on in the available ring.
+    /// Where to go on, see [`crate::ring::any::Ring::position`].
     ///
     /// # Errors
     /// `vring.index`, `vring.base`, `vring.running`.
     pub fn set_queue_base(&self, index: u64, base: u64) -> std::result::Result<(), Fault> {
         let mut registers = self.lock();
+        let packed = registers.driver_features & feature::RING_PACKED != 0;
         let queue = Self::queue(&mut registers, index)?;
-        let Ok(base) = u16::try_from(base) else {
-            let fault = Fault::new("vring.base", format!("base {base}; at most 65535 for a split ring"));
-            return Err(fault.on_queue(index as u16));
+        let base = match u32::try_from(base) {
+            Ok(base) if packed || base <= u32::from(u16::MAX) => base,
+            _ => {
+                let fault = Fault::new("vring.base", format!("base {base}; at most 65535 for a split ring"));
+                return Err(fault.on_queue(index as u16));
+            }
         };
         if queue.running().is_some() {
             return Err(running(index));
         }
-        queue.position = Some(u32::from(base));
+        queue.begins_anew |= queue.told.take().is_some_and(|told| told != base);
+        queue.position = Some(base);
         Ok(())
     }
 
@@ -905,9 +1036,11 @@ impl Member {
     ///
     /// # Errors
     /// `vring.index`.
-    pub fn queue_base(&self, index: u64) -> std::result::Result<u16, Fault> {
-        // A split ring's: vhost-user front ends aren't offered packed ones.
-        Ok(Self::queue(&mut self.lock(), index)?.position.unwrap_or(0) as u16)
+    pub fn queue_base(&self, index: u64) -> std::result::Result<u32, Fault> {
+        let mut registers = self.lock();
+        let packed = registers.driver_features & feature::RING_PACKED != 0;
+        let queue = Self::queue(&mut registers, index)?;
+        Ok(queue.position.unwrap_or_else(|| fresh_position(packed)))
     }
 
     /// The eventfd that notifies the device; starts the ring.
@@ -996,6 +1129,11 @@ impl Member {
         if !vhost_user && !registers.may_start(index) {
             return Ok(());
         }
+        let log = registers.active_log();
+        let size = usize::try_from(index)
+            .ok()
+            .and_then(|index| registers.queues.get(index));
+        let record = size.and_then(|queue| registers.record(index, queue.size, packed));
         let lines = &registers.lines;
         let count = registers.queues.len();
         let queue = usize::try_from(index)
@@ -1044,6 +1182,11 @@ impl Member {
             Some(admin) if index >= u64::from(self.device.queues()) => &admin.device,
             _ => &self.device,
         };
+        if std::mem::take(&mut queue.begins_anew) {
+            if let Some(area) = &record {
+                inflight::clear(area);
+            }
+        }
         let setup = QueueSetup {
             index: index as u16,
             size: queue.size,
@@ -1051,6 +1194,10 @@ impl Member {
             space,
             position: queue.position.unwrap_or_else(|| fresh_position(packed)),
             driver_features,
+            // Without a record it is the used index that tells the next process what is done.
+            ordered: driver_features & feature::IN_ORDER != 0 || (vhost_user && record.is_none()),
+            inflight: record,
+            log,
             call,
             stats: Arc::clone(&queue.stats),
         };

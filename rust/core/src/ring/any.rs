@@ -185,6 +185,33 @@ impl Ring {
         }
     }
 
+    /// Keeps a record of what is in flight, see [`SplitRing::track`] and [`PackedRing::track`].
+    ///
+    /// # Errors
+    /// `inflight.*`.
+    pub fn track(&mut self, area: HostArea) -> Result<(), Fault> {
+        match self {
+            Self::Split(ring) => ring.track(area),
+            Self::Packed(ring) => ring.track(area),
+        }
+    }
+
+    /// Whether the memory of the record was taken away.
+    pub fn record_lost(&self) -> bool {
+        match self {
+            Self::Split(ring) => ring.record_lost(),
+            Self::Packed(ring) => ring.record_lost(),
+        }
+    }
+
+    /// The areas of the ring that the device writes, as guest addresses in this map. For dirty logging.
+    pub fn written_areas(&self, map: &MemoryMap, ranges: &mut Vec<(u64, u64)>) {
+        match self {
+            Self::Split(ring) => ring.written_areas(map, ranges),
+            Self::Packed(ring) => ring.written_areas(map, ranges),
+        }
+    }
+
     /// Notes a chain as used, by its `head`, with the bytes written. The driver sees it with the next `publish`.
     #[inline]
     pub fn push_used(&mut self, head: u16, written: u32) {

@@ -3,9 +3,10 @@
 //!
 //! [`split`] holds the split ring, for legacy and modern layouts alike: both are three areas in guest memory, and
 //! they differ only in how their addresses came about. [`packed`] holds the packed ring, and [`any`] is either of the
-//! two, as negotiated. What is common to ring formats is here.
+//! two, as negotiated; [`inflight`] the record of what is in flight that survives this process. What is common to ring formats is here.
 
 pub mod any;
+pub mod inflight;
 pub mod packed;
 pub mod split;
 
@@ -19,6 +20,8 @@ use split::AddressSpace;
 pub mod feature {
     /// Interrupt when the available ring runs empty; legacy only.
     pub const NOTIFY_ON_EMPTY: u64 = 1 << 24;
+    /// vhost-user only: pages that are written are logged.
+    pub const LOG_ALL: u64 = 1 << 26;
     /// Any descriptor framing; implied by VERSION_1.
     pub const ANY_LAYOUT: u64 = 1 << 27;
     /// Indirect descriptor tables.

@@ -26,11 +26,14 @@
 //! No descriptor is believed twice: what is used of it is loaded once, except for the flags of a chain's first one, of
 //! which the first load, with acquire, counts.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{fence, AtomicU16, Ordering};
 use std::sync::Arc;
 
+use super::inflight::{PackedChain, PackedTracker};
 use super::split::{AddressSpace, RingAddresses};
 use super::{append_buffer, find_area, ring_fault, Chain, RingFeatures};
+use crate::crash;
 use crate::error::Fault;
 use crate::memory::{Buffers, HostArea, MemoryMap};
 
@@ -95,9 +98,11 @@ pub fn resolve(
 /// Sizes are at most 2^15 and indices less than the size, so sums of an index and a count up to the size fit into 16
 /// bits, and places on two laps into 32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place {
-    index: u16,
-    wrap: bool,
+pub struct Place {
+    /// Index of the descriptor.
+    pub index: u16,
+    /// Wrap counter.
+    pub wrap: bool,
 }
 
 impl Place {
@@ -167,6 +172,12 @@ impl Place {
         avail == self.wrap && used != self.wrap
     }
 
+    /// Whether a descriptor here, with these flags, was used in this lap: the driver may have made it available again since.
+    #[inline]
+    pub fn is_used(self, flags: u16) -> bool {
+        (flags & DESC_F_USED != 0) == self.wrap
+    }
+
     /// What marks a descriptor here as used: AVAIL and USED as the wrap counter.
     #[inline]
     fn used_flags(self) -> u16 {
@@ -179,12 +190,16 @@ impl Place {
 }
 
 /// A descriptor as the driver writes it, in the ring or in an indirect table.
-#[derive(Clone, Copy)]
-struct Descriptor {
-    addr: u64,
-    len: u32,
-    id: u16,
-    flags: u16,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Guest address.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u32,
+    /// Buffer ID.
+    pub id: u16,
+    /// Flags.
+    pub flags: u16,
 }
 
 impl Descriptor {
@@ -234,6 +249,10 @@ pub struct PackedRing {
     counts: Box<[u16]>,
     /// Buffer ID of the chain that was popped last.
     last: Option<u16>,
+    /// Chains that an earlier process had in flight, to be taken before all others.
+    again: VecDeque<PackedChain>,
+    /// The record of what is in flight, where the front end keeps one.
+    tracker: Option<Box<PackedTracker>>,
     hint: usize,
 }
 
@@ -279,8 +298,54 @@ impl PackedRing {
             unsignalled: u32::MAX,
             counts: vec![0; usize::from(size)].into_boxed_slice(),
             last: None,
+            again: VecDeque::new(),
+            tracker: None,
             hint: 0,
         })
+    }
+
+    /// Keeps a record of what is in flight in `area` from now on, before anything is taken. When there is a record already
+    /// it says where the ring goes on: what was in flight is taken first, in the old order.
+    ///
+    /// # Errors
+    /// `inflight.*`.
+    pub fn track(&mut self, area: HostArea) -> Result<(), Fault> {
+        let (tracker, recovery) = PackedTracker::recover(area, self.size, self.used, |place| {
+            u16::from_le(self.flags_at(place).load(Ordering::Acquire))
+        })?;
+        let known = !recovery.again.is_empty() || recovery.used != self.used;
+        self.tracker = Some(Box::new(tracker));
+        if !known {
+            return Ok(());
+        }
+        self.used = recovery.used;
+        self.published = recovery.used;
+        self.avail = recovery.used;
+        for chain in recovery.again {
+            // At least one, at most the entries of the region, no entry twice: sums stay below the size.
+            let count = chain.descriptors.len() as u16;
+            let slot = &mut self.counts[usize::from(chain.id)];
+            if std::mem::replace(slot, count) != 0 {
+                return Err(ring_fault(
+                    "inflight.chain",
+                    format!("buffer ID {} is in flight twice", chain.id),
+                ));
+            }
+            self.avail = self.avail.advance(count, self.size);
+            self.again.push_back(chain);
+        }
+        Ok(())
+    }
+
+    /// The areas that the device writes, as guest addresses in this map.
+    pub fn written_areas(&self, map: &MemoryMap, ranges: &mut Vec<(u64, u64)>) {
+        map.guest_area(&self.desc, ranges);
+        map.guest_area(&self.device, ranges);
+    }
+
+    /// Whether the record's memory was taken away.
+    pub fn record_lost(&self) -> bool {
+        self.tracker.as_ref().is_some_and(|tracker| tracker.lost())
     }
 
     /// Moves the ring onto a new memory map. False when its areas aren't memory there: the ring goes on using the old
@@ -335,7 +400,7 @@ impl PackedRing {
     #[inline]
     pub fn has_work(&self) -> bool {
         let flags = u16::from_le(self.flags_at(self.avail).load(Ordering::Relaxed));
-        self.avail.is_available(flags)
+        self.avail.is_available(flags) || !self.again.is_empty()
     }
 
     #[inline]
@@ -371,6 +436,9 @@ impl PackedRing {
         if !self.has_work() {
             return Ok(0);
         }
+        if !self.again.is_empty() {
+            return Ok(self.size);
+        }
         match self.room() {
             0 => Err(self.overrun()),
             room => Ok(room),
@@ -386,12 +454,18 @@ impl PackedRing {
     /// error.
     #[inline]
     pub fn pop(&mut self, map: &Arc<MemoryMap>, chain: &mut Chain) -> Result<bool, Fault> {
+        if let Some(known) = self.again.pop_front() {
+            return self.pop_again(map, chain, known);
+        }
         let flags = u16::from_le(self.flags_at(self.avail).load(Ordering::Acquire));
         if !self.avail.is_available(flags) {
             return Ok(false);
         }
         // The buffer ID comes with the last descriptor. Until then a fault names the chain by its place.
         chain.head = self.avail.index;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.begin();
+        }
         let (id, count) = self.walk(map, chain, flags)?;
         // The specification has no bound on buffer IDs, but a ring of n descriptors can't have more than n chains, its
         // example driver asserts this one, and drivers keep arrays by it. Twice in flight, one could be used twice, and
@@ -409,13 +483,37 @@ impl PackedRing {
         }
         chain.head = id;
         self.last = Some(id);
+        if let Some(tracker) = &mut self.tracker {
+            tracker.taken(id);
+        }
         self.avail = self.avail.advance(count, self.size);
         Ok(true)
     }
 
-    /// Puts the chain that was popped last back, if it wasn't used meanwhile.
+    /// Takes a chain that an earlier process had in flight. Its descriptors come from the record: in the ring, used ones may
+    /// have been written over them.
+    #[cold]
+    fn pop_again(&mut self, map: &Arc<MemoryMap>, chain: &mut Chain, known: PackedChain) -> Result<bool, Fault> {
+        chain.head = known.id;
+        for (index, desc) in known.descriptors.iter().enumerate() {
+            if desc.flags & DESC_F_INDIRECT != 0 {
+                self.walk_indirect(map, chain, *desc, index as u16 + 1)?;
+            } else {
+                let writable = desc.flags & DESC_F_WRITE != 0;
+                append_buffer(map, &mut self.hint, chain, desc.addr, desc.len, writable)?;
+            }
+        }
+        self.last = None;
+        Ok(true)
+    }
+
+    /// Puts the chain that was popped last back, if it wasn't used meanwhile. One that an earlier process had in flight
+    /// stays so in the record.
     pub fn undo_pop(&mut self) {
         if let Some(id) = self.last.take() {
+            if let Some(tracker) = &mut self.tracker {
+                tracker.untaken(id);
+            }
             let count = std::mem::take(&mut self.counts[usize::from(id)]);
             self.avail = self.avail.retreat(count, self.size);
         }
@@ -436,6 +534,9 @@ impl PackedRing {
             let mut desc = Descriptor::load(&self.desc, usize::from(place.index));
             if seen == 0 {
                 desc.flags = first_flags;
+            }
+            if let Some(tracker) = &mut self.tracker {
+                tracker.note(desc);
             }
             seen += 1;
             if desc.flags & DESC_F_INDIRECT != 0 {
@@ -575,6 +676,10 @@ impl PackedRing {
             .u32(offset + DESC_LEN)
             .store(written.to_le(), Ordering::Relaxed);
         self.desc.u16(offset + DESC_ID).store(head.to_le(), Ordering::Relaxed);
+        crash::point("packed.used-descriptor");
+        if let Some(tracker) = &mut self.tracker {
+            tracker.used(head);
+        }
         if self.batch == 0 {
             self.first_flags = flags;
         } else {
@@ -591,8 +696,15 @@ impl PackedRing {
         if self.batch == 0 {
             return false;
         }
+        if let Some(tracker) = &mut self.tracker {
+            tracker.publishing(self.used, self.published);
+        }
         self.flags_at(self.published)
             .store(self.first_flags.to_le(), Ordering::Release);
+        crash::point("packed.published");
+        if let Some(tracker) = &mut self.tracker {
+            tracker.published(self.used);
+        }
         self.published = self.used;
         self.unsignalled = self.unsignalled.saturating_add(u32::from(self.batch));
         self.batch = 0;

@@ -14,10 +14,13 @@
 //! Index arithmetic is modulo 2^16 (`wrapping_*`), as the specification counts; positions in the ring are masked by
 //! the size, a power of two.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
 
+use super::inflight::SplitTracker;
 use super::{append_buffer, find_area, ring_fault, Chain, RingFeatures};
+use crate::crash;
 use crate::error::Fault;
 use crate::memory::{HostArea, MemoryMap};
 
@@ -142,6 +145,12 @@ pub struct SplitRing {
     published: u16,
     /// used.idx when the driver was last considered for a signal; None before the first time.
     signalled: Option<u16>,
+    /// Heads that an earlier process had in flight, to be taken before all others.
+    again: VecDeque<u16>,
+    /// The head that was popped last, and whether it came from there.
+    last: (u16, bool),
+    /// The record of what is in flight, where the front end keeps one.
+    tracker: Option<Box<SplitTracker>>,
     hint: usize,
 }
 
@@ -179,8 +188,38 @@ impl SplitRing {
             next_used: used_idx,
             published: used_idx,
             signalled: None,
+            again: VecDeque::new(),
+            last: (0, false),
+            tracker: None,
             hint: 0,
         })
+    }
+
+    /// Keeps a record of what is in flight in `area` from now on, before anything is taken. What it has in flight already is
+    /// taken first, in the old order; the ring then goes on behind it.
+    ///
+    /// # Errors
+    /// `inflight.*`.
+    pub fn track(&mut self, area: HostArea) -> Result<(), Fault> {
+        let (tracker, again) = SplitTracker::recover(area, self.size, self.published)?;
+        self.tracker = Some(Box::new(tracker));
+        if !again.is_empty() {
+            // What was taken and not used, and nothing else, lies between the two indices. At most `size`, one each.
+            self.next_avail = self.published.wrapping_add(again.len() as u16);
+            self.avail_idx = self.next_avail;
+            self.again = again;
+        }
+        Ok(())
+    }
+
+    /// The areas that the device writes, as guest addresses in this map.
+    pub fn written_areas(&self, map: &MemoryMap, ranges: &mut Vec<(u64, u64)>) {
+        map.guest_area(&self.used, ranges);
+    }
+
+    /// Whether the record's memory was taken away.
+    pub fn record_lost(&self) -> bool {
+        self.tracker.as_ref().is_some_and(|tracker| tracker.lost())
     }
 
     /// Moves the ring onto a new memory map. False when its areas aren't memory there: the ring goes on using the
@@ -232,7 +271,7 @@ impl SplitRing {
     /// of `available`.
     #[inline]
     pub fn has_work(&self) -> bool {
-        self.peek_avail_idx() != self.next_avail
+        self.peek_avail_idx() != self.next_avail || !self.again.is_empty()
     }
 
     /// Looks for new entries; the number that can be taken.
@@ -252,7 +291,11 @@ impl SplitRing {
                 ),
             ));
         }
-        Ok(count)
+        if self.again.is_empty() {
+            Ok(count)
+        } else {
+            Ok(count.saturating_add(self.again.len() as u16))
+        }
     }
 
     /// Takes the next available chain; false when `available` has no more. `chain` must be clear.
@@ -264,6 +307,13 @@ impl SplitRing {
     /// not be used any more after an error.
     #[inline]
     pub fn pop(&mut self, map: &Arc<MemoryMap>, chain: &mut Chain) -> Result<bool, Fault> {
+        if let Some(&head) = self.again.front() {
+            chain.head = head;
+            self.walk(map, chain)?;
+            self.again.pop_front();
+            self.last = (head, true);
+            return Ok(true);
+        }
         if self.next_avail == self.avail_idx {
             return Ok(false);
         }
@@ -277,12 +327,25 @@ impl SplitRing {
         }
         chain.head = head;
         self.walk(map, chain)?;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.taken(head);
+        }
+        self.last = (head, false);
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(true)
     }
 
-    /// Puts the chain that was popped last back.
+    /// Puts the chain that was popped last back, once.
     pub fn undo_pop(&mut self) {
+        let (head, again) = self.last;
+        if again {
+            // In the record it stays in flight.
+            self.again.push_front(head);
+            return;
+        }
+        if let Some(tracker) = &mut self.tracker {
+            tracker.untaken(head);
+        }
         self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
@@ -462,6 +525,11 @@ impl SplitRing {
             .u32(4 + 8 * slot)
             .store(u32::from(head).to_le(), Ordering::Relaxed);
         self.used.u32(8 + 8 * slot).store(written.to_le(), Ordering::Relaxed);
+        crash::point("split.used-element");
+        // Heads are less than the size: `pop` has checked them.
+        if let Some(tracker) = &mut self.tracker {
+            tracker.used(head);
+        }
         self.next_used = self.next_used.wrapping_add(1);
     }
 
@@ -472,6 +540,10 @@ impl SplitRing {
             return false;
         }
         self.used.u16(2).store(self.next_used.to_le(), Ordering::Release);
+        crash::point("split.published");
+        if let Some(tracker) = &mut self.tracker {
+            tracker.published(self.next_used);
+        }
         self.published = self.next_used;
         true
     }
