@@ -79,11 +79,12 @@ class Member:
         in_order: bool = False,
         shared: bool = False,
         vectors: int | None = None,
+        image_fd: int | None = None,
     ) -> Member:
         """A virtio-blk member. `image` is a path of a raw file, "ram:SIZE" or "null:SIZE" with SIZE in bytes.
 
         packed: packed rings are offered; in_order: IN_ORDER is;
-        shared: other processes may have the image open for writing; vectors: their MSI-X table size (default queues + 1, 0: no MSI-X).
+        shared: other processes may have the image open for writing; vectors: image_fd: an image that a predecessor has open, taken over with its lock; vectors: their MSI-X table size (default queues + 1, 0: no MSI-X).
         Raises ImageError, ValueError.
         """
     @staticmethod
@@ -101,11 +102,16 @@ class Member:
         in_order: bool = False,
         shared: bool = False,
         vectors: int | None = None,
+        image_fd: int | None = None,
     ) -> Member:
         """The owner itself as a virtio-blk device: member 0, with the group's administration virtqueues behind its own.
 
         Not to be added to the group. vectors: default queues + admin_queues + 1. Raises ImageError, ValueError.
         """
+    def image_fd(self) -> int | None:
+        """A duplicate of the image's fd (of a RAM image: of its memory), for a successor; None for a null image."""
+    def set_writeback(self, on: bool) -> None:
+        """Set the writeback field of the configuration, as a predecessor has left it."""
     @property
     def id(self) -> int: ...
     @property
@@ -244,7 +250,6 @@ class Outcome:
         """Wait for the event "done" with this token, then call `Session.resume(token)` before the next message."""
     def take_reply_fd(self) -> int | None:
         """The fd to send with `reply`; whoever takes it closes it."""
-
     def take_backend_channel(self) -> int | None:
         """The socket fd for back-end requests, if this message brought one: now the caller's to close. Once."""
     @property
@@ -276,6 +281,23 @@ class Session:
         """The CONFIG_CHANGE message for the back-end channel, or None when the front end can't take it now."""
     def backend_reply(self, header: bytes, payload: bytes) -> None:
         """Check a reply on the back-end channel. Raises ProtocolError."""
+    def freeze(self) -> int | None:
+        """Stop the rings, so that a successor can go on. Wait for the token, if there is one, and `resume` it; then
+        `snapshot`, and then either `detach` or the ring messages of the snapshot, which start the rings again."""
+    def snapshot(self) -> tuple[list[tuple[bytes, bytes, list[int]]], list[tuple[bytes, bytes, list[int]]]]:
+        """The messages that make another session what this one is, as (header, payload, fds): everything but the rings,
+        and the rings. The fds are duplicates, the caller's to close.
+
+        Raises NativeError when a region's file isn't kept open.
+        """
+    @property
+    def config_read(self) -> bool:
+        """Whether the front end has read the configuration."""
+    @property
+    def config_pending(self) -> bool:
+        """Whether it is still to be told of a change."""
+    def set_config_read(self) -> None:
+        """The front end has read the configuration from a predecessor."""
     def detach(self) -> int | None:
         """Let go of the member: stop its rings. A token to wait for, or None when nothing was running. Idempotent."""
 

@@ -18,7 +18,8 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable
+import struct
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +30,7 @@ from . import _native
 from .channel import Channel, ConnectionEnd, Message, TornMessage
 from .doorbells import EventHub
 
-__all__ = ["ConnectionStatistics", "VhostUserServer"]
+__all__ = ["ConnectionStatistics", "HeldConnection", "VhostUserServer"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ _DRAIN_PATIENCE: Final = 10.0
 """Seconds that requests in flight may take, unless the server is told to end, to finish after a disconnect."""
 _REFUSAL_LOG_INTERVAL: Final = 10.0
 """Seconds between log lines about refused front ends of one member."""
+_HOLD_PATIENCE: Final = 5.0
+"""Seconds that a connection's last message and its rings may take when it is handed over."""
+_SET_BACKEND_REQ_FD: Final = struct.pack("<III", 21, 1, 0)
+"""Header of the message that brings the back-end channel (request, version, no payload)."""
 _MAX_WAITING: Final = 8
 """Connections that may wait for a member at once; more are closed."""
 
@@ -59,6 +64,25 @@ class ConnectionStatistics:
     """Front ends turned away because one was attached."""
 
 
+@dataclass(frozen=True, slots=True)
+class HeldConnection:
+    """A front end's connection on its way to a successor: what the other side has to do to go on with it."""
+
+    connection: int
+    """The socket."""
+    reverse: int | None
+    """The back-end channel's."""
+    config_read: bool
+    """Whether the front end has read the configuration."""
+    config_pending: bool
+    """Whether it is still to be told of a change."""
+    state: list[Message]
+    """What the front end has said, but for its rings, as the messages it would say it in. Their descriptors are the
+    holder's to close."""
+    rings: list[Message]
+    """Its rings, likewise."""
+
+
 class _Connection:
     """One attached front end."""
 
@@ -70,6 +94,44 @@ class _Connection:
         self.messages = 0
         self.reverse: Channel | None = None
         self.reason = "closed by the front end"
+        self.working = 0
+        """Messages that are being received or answered, on both channels."""
+        self.held: trio.Event | None = None
+        """While a successor is taking over: no message is begun until this is set."""
+        self.rested: trio.Event | None = None
+        self.left = False
+        """A successor has it."""
+
+    @contextlib.asynccontextmanager
+    async def message(self, channel: Channel) -> AsyncIterator[Message]:
+        """The next message, until it is answered. Raises as `Channel.receive`."""
+        while True:
+            await channel.readable()
+            if self.held is None:
+                break
+            await self.held.wait()
+        self.working += 1
+        try:
+            yield await channel.receive()
+        finally:
+            self.working -= 1
+            if self.rested is not None and not self.working:
+                self.rested.set()
+
+    async def hold(self) -> bool:
+        """Let no message begin, and wait for those that have; False when that takes too long."""
+        self.held = trio.Event()
+        self.rested = trio.Event()
+        with trio.move_on_after(_HOLD_PATIENCE):
+            while self.working:
+                await self.rested.wait()
+        return not self.working
+
+    def go_on(self) -> None:
+        """The end of `hold`."""
+        if self.held is not None:
+            self.held.set()
+            self.held = None
 
 
 class VhostUserServer:
@@ -93,6 +155,11 @@ class VhostUserServer:
         self._accepted = 0
         self._refused = 0
         self._quiet_until = -math.inf
+        self._listener: trio.socket.SocketType | None = None
+        self._accepting: Final = trio.CancelScope()
+        self._left = False
+        self._tell_config = False
+        self._taken_over: tuple[Channel, _native.Session, Channel | None] | None = None
 
     def statistics(self) -> ConnectionStatistics:
         """Numbers of the moment."""
@@ -105,27 +172,37 @@ class VhostUserServer:
             refused=self._refused,
         )
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(
+        self, fd: int | None = None, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """Bind the socket, report `started`, and serve until cancelled; then detach, and unlink the socket.
+
+        `fd`: the listening socket of a predecessor instead, which is ours from then on.
 
         Raises:
             OSError: the socket can't be bound (a path in use, or too long).
         """
-        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) if fd is None else _from_fd(fd)
         try:
-            await listener.bind(str(self._path))
+            if fd is None:
+                await listener.bind(str(self._path))
             identity = self._path.lstat()
             try:
                 self._path.chmod(0o600)
                 listener.listen(_MAX_WAITING)
                 async with trio.open_nursery() as nursery:
+                    self._listener = listener
                     task_status.started()
-                    await self._accept(listener, nursery)
+                    if self._taken_over is not None:
+                        nursery.start_soon(self._serve_taken_over, *self._taken_over)
+                    with self._accepting:
+                        await self._accept(listener, nursery)
+                    await trio.sleep_forever()
             finally:
                 # Only what was bound here: somebody may have put another socket in its place.
                 with contextlib.suppress(OSError):
                     now = self._path.lstat()
-                    if (now.st_dev, now.st_ino) == (identity.st_dev, identity.st_ino):
+                    if not self._left and (now.st_dev, now.st_ino) == (identity.st_dev, identity.st_ino):
                         self._path.unlink()
         finally:
             # As `Channel.close`: connections that wait to be accepted go with it, and what was sent on them.
@@ -184,30 +261,49 @@ class VhostUserServer:
         """One connection, from accept to detach. Never raises for anything a peer can do."""
         try:
             session = await self._attach(channel)
-            if session is None:
-                return
-            connection = self._connection = _Connection(channel, session)
-            self._accepted += 1
-            try:
-                self._on_event("connected", self._member.id, {"peer_pid": connection.peer_pid})
-                with connection.scope:
-                    async with trio.open_nursery() as nursery:
-                        await self._messages(connection, nursery)
-                        nursery.cancel_scope.cancel()
-            finally:
-                await self._detach(connection)
-        finally:
+        except BaseException:
             channel.close()
+            raise
+        if session is None:
+            channel.close()
+            return
+        await self._serve_session(channel, session, None)
+
+    async def _serve_taken_over(self, channel: Channel, session: _native.Session, reverse: Channel | None) -> None:
+        await self._serve_session(channel, session, reverse)
+
+    async def _serve_session(self, channel: Channel, session: _native.Session, reverse: Channel | None) -> None:
+        connection = self._connection = _Connection(channel, session)
+        self._accepted += 1
+        try:
+            self._on_event("connected", self._member.id, {"peer_pid": connection.peer_pid})
+            with connection.scope:
+                async with trio.open_nursery() as nursery:
+                    if reverse is not None:
+                        connection.reverse = reverse
+                        nursery.start_soon(self._reverse, connection, reverse)
+                    if self._tell_config:
+                        self._tell_config = False
+                        await self._send_config_change(connection)
+                    await self._messages(connection, nursery)
+                    nursery.cancel_scope.cancel()
+        finally:
+            try:
+                await self._detach(connection)
+            finally:
+                if connection.left:
+                    channel.leave()
+                channel.close()
 
     async def _messages(self, connection: _Connection, nursery: trio.Nursery) -> None:
         """Receive, handle, answer, until the connection ends."""
         channel, session = connection.channel, connection.session
         try:
             while True:
-                message = await channel.receive()
-                connection.messages += 1
-                if not await self._handle(connection, message, nursery):
-                    return
+                async with connection.message(channel) as message:
+                    connection.messages += 1
+                    if not await self._handle(connection, message, nursery):
+                        return
         except ConnectionEnd:
             return
         except TornMessage as error:
@@ -261,11 +357,11 @@ class VhostUserServer:
         front end waits for us would block both (QEMU serves this channel only between its own requests)."""
         try:
             while True:
-                message = await reverse.receive()
-                if message.fds:
-                    _native.discard(message.fds)
-                    raise TornMessage("message.fds", "file descriptors with an answer on the back-end channel")
-                connection.session.backend_reply(message.header, message.payload)
+                async with connection.message(reverse) as message:
+                    if message.fds:
+                        _native.discard(message.fds)
+                        raise TornMessage("message.fds", "file descriptors with an answer on the back-end channel")
+                    connection.session.backend_reply(message.header, message.payload)
         except ConnectionEnd:
             pass
         except (TornMessage, _native.NativeError) as error:
@@ -275,6 +371,8 @@ class VhostUserServer:
         except (OSError, trio.ClosedResourceError) as error:
             logger.info("member %d: back-end channel: %s", self._member.id, error)
         finally:
+            if connection.left:
+                reverse.leave()
             reverse.close()
             if connection.reverse is reverse:
                 connection.reverse = None
@@ -310,7 +408,8 @@ class VhostUserServer:
                 self._connection = None
             self._freed.set()
             self._freed = trio.Event()
-        self._on_event("disconnected", self._member.id, {"reason": connection.reason})
+        if not connection.left:
+            self._on_event("disconnected", self._member.id, {"reason": connection.reason})
 
     async def _drain(self, connection: _Connection, token: int) -> None:
         """Wait until requests in flight have ended: for a while even when cancelled, then until cancelled."""
@@ -337,6 +436,104 @@ class VhostUserServer:
             return False
         return await self._send_config_change(connection)
 
+    # --- a successor takes over ---------------------------------------------------------------------------
+
+    async def hold(self) -> HeldConnection | None:
+        """Accept no more connections, and stop the attached front end's rings at a message boundary, to hand it over.
+
+        None when no front end is attached, or the attached one can't be handed over (it is disconnected then, and may
+        connect again, to the successor). `go_on` or `leave` has to follow.
+        """
+        self._accepting.cancel()
+        connection = self._connection
+        if connection is None or connection.scope.cancel_called:
+            return None
+        session = connection.session
+        reason = "it is in the middle of a message"
+        if await connection.hold():
+            try:
+                with trio.fail_after(_HOLD_PATIENCE):
+                    token = session.freeze()
+                    if token is not None:
+                        await self._hub.wait_done(token)
+                        session.resume(token)
+                    state, rings = session.snapshot()
+                return HeldConnection(
+                    connection.channel.fileno(),
+                    None if connection.reverse is None else connection.reverse.fileno(),
+                    session.config_read,
+                    session.config_pending,
+                    [Message(*message) for message in state],
+                    [Message(*message) for message in rings],
+                )
+            except trio.TooSlowError:
+                reason = f"requests are in flight for {_HOLD_PATIENCE:g} s"
+            except (_native.NativeError, OSError) as error:
+                reason = str(error)
+        logger.warning("member %d: its front end can't be handed over and is disconnected: %s", self._member.id, reason)
+        connection.go_on()
+        await self.disconnect("the process is being replaced")
+        return None
+
+    def leave(self) -> None:
+        """A successor has listener and connection: let go of both without a word to anybody. The task that runs `run`
+        is to be cancelled next."""
+        self._left = True
+        connection = self._connection
+        if connection is not None:
+            connection.left = True
+            connection.scope.cancel()
+
+    def listener_fd(self) -> int | None:
+        """The listening socket's descriptor, which stays ours; None before there is one."""
+        return None if self._listener is None else self._listener.fileno()
+
+    async def take_over(self, held: HeldConnection) -> None:
+        """Go on with a predecessor's connection as soon as `run` runs. The descriptors are ours, whatever happens.
+
+        Raises NativeError when its state makes no sense here; the front end is disconnected then.
+        """
+        channel = Channel.from_fd(held.connection)
+        reverse = None if held.reverse is None else Channel.from_fd(held.reverse)
+        session = None
+        messages = [*held.state, *held.rings]
+        if reverse is not None:
+            # what it is for the session; the channel itself is here already
+            message = Message(_SET_BACKEND_REQ_FD, b"", [os.dup(reverse.fileno())])
+            # after the protocol features
+            messages.insert(1, message)
+        try:
+            session = _native.Session(self._member)
+            if held.config_read:
+                session.set_config_read()
+            for number, message in enumerate(messages):
+                await self._replay(session, message)
+                messages[number] = Message(b"", b"", [])
+        except BaseException:
+            if session is not None:
+                token = session.detach()
+                if token is not None:
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + _DRAIN_PATIENCE):
+                        await self._hub.wait_done(token)
+                        session.resume(token)
+            channel.close()
+            if reverse is not None:
+                reverse.close()
+            raise
+        self._taken_over = (channel, session, reverse)
+        self._tell_config = held.config_pending
+
+    async def _replay(self, session: _native.Session, message: Message) -> None:
+        outcome = session.handle(message.header, message.payload, message.fds)
+        while outcome.pending is not None:
+            await self._hub.wait_done(outcome.pending)
+            outcome = session.resume(outcome.pending)
+        channel = outcome.take_backend_channel()
+        if channel is not None:
+            os.close(channel)
+        if outcome.error is not None:
+            raise _native.ProtocolError(outcome.error)
+
     async def disconnect(self, reason: str) -> None:
         """Drop the attached front end, if any, and return when its rings have drained. Cancelling the wait changes
         nothing about the disconnect."""
@@ -347,3 +544,9 @@ class VhostUserServer:
         connection.scope.cancel()
         while self._connection is connection:
             await self._freed.wait()
+
+
+def _from_fd(fd: int) -> trio.socket.SocketType:
+    sock = socket.socket(fileno=fd)
+    sock.setblocking(False)
+    return trio.socket.from_stdlib_socket(sock)

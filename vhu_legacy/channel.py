@@ -102,6 +102,17 @@ class Channel:
             data += chunk
         return data
 
+    async def readable(self) -> None:
+        """Wait until there is something to receive, the end included. Nothing is taken.
+
+        Raises trio.ClosedResourceError.
+        """
+        await trio.lowlevel.wait_readable(self._socket)
+
+    def fileno(self) -> int:
+        """The socket's descriptor; it stays ours."""
+        return self._socket.fileno()
+
     async def receive(self) -> Message:
         """The next message.
 
@@ -151,6 +162,12 @@ class Channel:
         """End the connection in both directions: whoever waits in `receive` or `send` is woken."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def leave(self) -> None:
+        """Close our descriptor of the socket; whoever has another one goes on with the connection. Idempotent."""
+        if self._socket.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._socket)
+            os.close(self._socket.detach())
 
     def close(self) -> None:
         """Close the socket. Idempotent.

@@ -72,6 +72,11 @@ impl DirtyLog {
         }
     }
 
+    /// Where it is.
+    pub fn bits(&self) -> &HostArea {
+        &self.bits
+    }
+
     /// Whether the bitmap was taken away by the front end.
     pub fn lost(&self) -> bool {
         self.bits.lost()

@@ -14,7 +14,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::error::Fault;
@@ -69,8 +69,36 @@ struct MapKey {
 pub struct Mapping {
     addr: NonNull<u8>,
     len: usize,
+    /// The file, for a successor of this process to map it as well.
+    file: Option<Kept>,
     /// None for memory that has no file, and while dropping.
     guard: Option<Guard>,
+}
+
+/// An fd that counts against [`MAX_KEPT`].
+struct Kept(OwnedFd);
+
+static KEPT: AtomicUsize = AtomicUsize::new(0);
+/// Files that are kept open: regions are the front ends' to make, descriptors are everybody's. A front end whose files aren't
+/// kept has to connect again when the process is replaced.
+const MAX_KEPT: usize = 8192;
+
+impl Kept {
+    fn dup(fd: &OwnedFd) -> Option<Self> {
+        if KEPT.fetch_add(1, Ordering::Relaxed) < MAX_KEPT {
+            if let Ok(fd) = fd.try_clone() {
+                return Some(Self(fd));
+            }
+        }
+        KEPT.fetch_sub(1, Ordering::Relaxed);
+        None
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        KEPT.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 // SAFETY: the pointer names memory that is shared with another process anyway; all access is by atomics or raw
@@ -86,6 +114,7 @@ impl Mapping {
         let file_offset =
             libc::off_t::try_from(offset).map_err(|_| refuse(format!("offset {offset} can't be mapped")))?;
         let mut mapping = Self::map(len, kind, fd.as_raw_fd(), file_offset)?;
+        mapping.file = Kept::dup(fd);
         let page = usize::try_from(page).unwrap_or(4096);
         mapping.guard = Guard::register(mapping.addr.as_ptr() as usize, mapping.len, page);
         if mapping.guard.is_none() {
@@ -125,6 +154,7 @@ impl Mapping {
         Ok(Self {
             addr,
             len: size,
+            file: None,
             guard: None,
         })
     }
@@ -383,6 +413,14 @@ impl Region {
     /// Whether its owner allows it to be written.
     pub fn writable(&self) -> bool {
         self.writable
+    }
+
+    /// The region's file, if it is kept open.
+    pub fn file(&self) -> Option<&OwnedFd> {
+        match &self.backing {
+            Backing::Mapped(mapping) => mapping.file.as_ref().map(|kept| &kept.0),
+            Backing::Foreign(_) => None,
+        }
     }
 
     /// How to reach the memory, when what is mapped is only a shadow of it.
@@ -764,6 +802,11 @@ impl HostArea {
     /// Whether the memory was taken away by its owner.
     pub fn lost(&self) -> bool {
         self._keep.lost()
+    }
+
+    /// The map that it was cut from.
+    pub fn map(&self) -> &Arc<MemoryMap> {
+        &self._keep
     }
 
     /// The 16-bit field at `offset`.

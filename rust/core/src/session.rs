@@ -20,7 +20,7 @@ use vhost::vhost_user::message::{
 use vm_memory::ByteValued;
 
 use crate::dirty::DirtyLog;
-use crate::error::{Fault, Result};
+use crate::error::{Error, Fault, Result};
 use crate::member::{feature, Inflight, Member};
 use crate::memory::{MemoryMap, MAX_REGIONS};
 use crate::ring::inflight;
@@ -75,6 +75,30 @@ pub struct Outcome {
     pub config_changed: bool,
     /// Close the connection after sending `reply`.
     pub error: Option<Fault>,
+}
+
+/// A whole message with its fds.
+pub type Whole = (Vec<u8>, Vec<OwnedFd>);
+
+/// Messages that make a session what another one is.
+#[derive(Default)]
+pub struct Replay {
+    /// Everything but the rings.
+    pub state: Vec<Whole>,
+    /// The rings.
+    pub rings: Vec<Whole>,
+}
+
+impl Replay {
+    fn state(&mut self, request: FrontendReq, payload: &[u8], fd: Option<OwnedFd>) {
+        self.state
+            .push((message(request as u32, 0, payload), fd.into_iter().collect()));
+    }
+
+    fn ring(&mut self, request: FrontendReq, payload: &[u8], fd: Option<OwnedFd>) {
+        self.rings
+            .push((message(request as u32, 0, payload), fd.into_iter().collect()));
+    }
 }
 
 /// What a message must look like.
@@ -237,6 +261,8 @@ enum After {
     Log,
     /// The connection is over: `Member::finish_detach`.
     Detach,
+    /// The rings have stopped for a successor.
+    Freeze,
 }
 
 /// A request that waits for a completion.
@@ -367,6 +393,7 @@ impl Session {
             }
             After::Log => outcome.reply = Some(self.ack(pending.request, 0)),
             After::Detach => self.member.finish_detach(),
+            After::Freeze => self.member.collect(),
         }
         outcome.config_changed = self.config_pending && self.live();
         outcome
@@ -806,6 +833,128 @@ impl Session {
             );
         }
         Ok(())
+    }
+
+    /// Stops the rings, so that a successor can go on. Some: wait for this completion, then `resume`. After that `snapshot`,
+    /// and then either `detach` or the ring messages of the snapshot, which start the rings again.
+    pub fn freeze(&mut self) -> Option<u64> {
+        if self.detached || self.pending.is_some() {
+            return None;
+        }
+        let Some(token) = self.member.pause() else {
+            self.member.collect();
+            return None;
+        };
+        self.pending = Some(Pending {
+            token,
+            after: After::Freeze,
+            request: 0,
+            wants_ack: false,
+        });
+        Some(token)
+    }
+
+    /// The messages by which another session comes to the state that this one is in: what the front end would have to send.
+    /// So the protocol itself is the format of a hand-over, and every number is checked where it always is.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when it can't be done: a region's file isn't kept open.
+    pub fn snapshot(&self) -> Result<Replay> {
+        let snapshot = self.member.snapshot();
+        let missing = || Error::Invalid("the file of some of its memory isn't kept open".into());
+        let dup = |fd: &OwnedFd| {
+            fd.try_clone().map_err(|source| Error::Os {
+                what: "duplicating a descriptor",
+                source,
+            })
+        };
+        let file = |region: &crate::memory::Region| region.file().ok_or_else(missing).and_then(dup);
+        let mut replay = Replay::default();
+        replay.state(
+            FrontendReq::SET_PROTOCOL_FEATURES,
+            &self.acked.bits().to_le_bytes(),
+            None,
+        );
+        if let Some(features) = snapshot.features {
+            replay.state(FrontendReq::SET_FEATURES, &features.to_le_bytes(), None);
+        }
+        let place = |size: u64, offset: u64| [size.to_le_bytes(), offset.to_le_bytes()].concat();
+        if let Some(((size, offset, region), queues)) = &snapshot.inflight {
+            let mut payload = place(*size, *offset);
+            payload.extend_from_slice(&queues.to_le_bytes());
+            payload.extend_from_slice(&0u16.to_le_bytes());
+            replay.state(FrontendReq::SET_INFLIGHT_FD, &payload, Some(file(region)?));
+        }
+        let mut rows = Vec::new();
+        let mut fds = Vec::new();
+        for region in &snapshot.memory {
+            let row: Vec<u8> = [region.guest, region.size, region.user, region.mmap_offset]
+                .iter()
+                .flat_map(|number| number.to_le_bytes())
+                .collect();
+            if self.negotiated(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+                let payload = [&[0u8; 8][..], &row].concat();
+                replay.state(FrontendReq::ADD_MEM_REG, &payload, Some(file(region)?));
+            } else {
+                rows.extend_from_slice(&row);
+                fds.push(file(region)?);
+            }
+        }
+        if !fds.is_empty() {
+            // As many as one such message has brought.
+            let mut payload = (fds.len() as u64).to_le_bytes().to_vec();
+            payload.extend_from_slice(&rows);
+            replay
+                .state
+                .push((message(FrontendReq::SET_MEM_TABLE as u32, 0, &payload), fds));
+        }
+        if let Some((size, offset, region)) = &snapshot.log {
+            replay.state(FrontendReq::SET_LOG_BASE, &place(*size, *offset), Some(file(region)?));
+        }
+        if self.negotiated(VhostUserProtocolFeatures::STATUS) {
+            replay.state(FrontendReq::SET_STATUS, &u64::from(snapshot.status).to_le_bytes(), None);
+        }
+        for (index, queue) in snapshot.queues.iter().enumerate() {
+            let index = index as u32;
+            let pair = |value: u32| [index.to_le_bytes(), value.to_le_bytes()].concat();
+            replay.ring(FrontendReq::SET_VRING_NUM, &pair(u32::from(queue.size)), None);
+            if let Some(position) = queue.position {
+                replay.ring(FrontendReq::SET_VRING_BASE, &pair(position), None);
+            }
+            if let Some(addresses) = queue.addresses {
+                let mut payload = pair(0);
+                for address in [addresses.desc, addresses.device, addresses.driver, 0] {
+                    payload.extend_from_slice(&address.to_le_bytes());
+                }
+                replay.ring(FrontendReq::SET_VRING_ADDR, &payload, None);
+            }
+            let number = u64::from(index).to_le_bytes();
+            if let Some(call) = &queue.call {
+                replay.ring(FrontendReq::SET_VRING_CALL, &number, Some(dup(call)?));
+            }
+            if let Some(kick) = &queue.kick {
+                replay.ring(FrontendReq::SET_VRING_KICK, &number, Some(dup(kick)?));
+            }
+            if queue.enabled {
+                replay.ring(FrontendReq::SET_VRING_ENABLE, &pair(1), None);
+            }
+        }
+        Ok(replay)
+    }
+
+    /// Whether the front end has read the configuration.
+    pub fn config_read(&self) -> bool {
+        self.config_read
+    }
+
+    /// Whether the front end is still to be told of a configuration change.
+    pub fn config_pending(&self) -> bool {
+        self.config_pending
+    }
+
+    /// Goes on for a session of a predecessor that the front end had read the configuration from.
+    pub fn set_config_read(&mut self) {
+        self.config_read = true;
     }
 
     /// Lets go of the member. Some: wait for this completion, then `resume`. Idempotent.

@@ -27,6 +27,13 @@ fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
 /// waits for its server, and a UNIX socket can hold any of these, sent and not received. Dropping this closes what is known to be harmless here and hands the rest to a thread of its own.
 pub struct PeerFd(Option<OwnedFd>);
 
+/// Takes ownership of an fd that the caller was given by somebody who can be trusted.
+///
+/// Returns None for a number that is not an open fd.
+pub fn adopt(fd: RawFd) -> Option<OwnedFd> {
+    PeerFd::adopt(fd).and_then(|mut fd| fd.0.take())
+}
+
 impl PeerFd {
     /// Takes ownership of a raw fd that the caller was given (SCM_RIGHTS, passed down by Python).
     ///
@@ -485,6 +492,14 @@ pub fn shared_memory(name: &str, size: u64) -> io::Result<OwnedFd> {
     // SAFETY: no pointers are involved.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
     Ok(file.into())
+}
+
+/// Whether a file's size can't be changed: memory made by [`shared_memory`].
+pub fn is_sealed(file: &File) -> bool {
+    let wanted = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+    // SAFETY: no pointers are involved.
+    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    seals > 0 && seals & wanted == wanted
 }
 
 /// Whether connections can be accepted from a stream socket of the UNIX family.

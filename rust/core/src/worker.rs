@@ -202,8 +202,8 @@ impl QueueHandle {
     }
 
     /// Replaces the kick eventfd.
-    pub fn set_kick(&self, kick: OwnedFd, done: Completion) {
-        self.worker.send(Command::SetKick(self.key, Arc::new(kick), done));
+    pub fn set_kick(&self, kick: Arc<OwnedFd>, done: Completion) {
+        self.worker.send(Command::SetKick(self.key, kick, done));
     }
 
     /// Replaces the accepted features.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Members.
 
+use std::os::fd::{IntoRawFd, RawFd};
 use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
@@ -10,6 +11,7 @@ use vhu_core::device::blk::{Blk, BlkOptions};
 use vhu_core::device::image::{Image, SECTOR};
 use vhu_core::error::Error;
 use vhu_core::member::{self, AdminQueues, MemberOptions};
+use vhu_core::sys;
 
 use crate::convert;
 use crate::error::to_py;
@@ -23,9 +25,24 @@ pub struct Member {
     blk: Arc<Blk>,
 }
 
-fn open(py: Python<'_>, image: &str, read_only: bool, shared: bool, options: BlkOptions) -> PyResult<Arc<Blk>> {
-    let open = if shared { Image::open_shared } else { Image::open };
-    py.detach(|| open(image, read_only).and_then(|image| Blk::new(image, options)))
+fn open(
+    py: Python<'_>,
+    image: &str,
+    read_only: bool,
+    shared: bool,
+    image_fd: Option<RawFd>,
+    options: BlkOptions,
+) -> PyResult<Arc<Blk>> {
+    let fd = image_fd.and_then(sys::adopt);
+    if image_fd.is_some() && fd.is_none() {
+        return Err(PyValueError::new_err("image_fd is not an open file descriptor"));
+    }
+    let open = |fd| match fd {
+        Some(fd) => Image::adopt(image, read_only, shared, fd),
+        None if shared => Image::open_shared(image, read_only),
+        None => Image::open(image, read_only),
+    };
+    py.detach(|| open(fd).and_then(|image| Blk::new(image, options)))
         .map(Arc::new)
         .map_err(|e| to_py(py, &e))
 }
@@ -43,7 +60,7 @@ fn check_vectors(vectors: u16) -> PyResult<u16> {
 #[pymethods]
 impl Member {
     #[staticmethod]
-    #[pyo3(signature = (pool, id, image, *, read_only=false, queues=1, queue_size=256, legacy=true, blk_size=512, serial="", packed=false, in_order=false, shared=false, vectors=None))]
+    #[pyo3(signature = (pool, id, image, *, read_only=false, queues=1, queue_size=256, legacy=true, blk_size=512, serial="", packed=false, in_order=false, shared=false, vectors=None, image_fd=None))]
     #[allow(clippy::too_many_arguments)]
     fn blk(
         py: Python<'_>,
@@ -60,6 +77,7 @@ impl Member {
         in_order: bool,
         shared: bool,
         vectors: Option<u16>,
+        image_fd: Option<RawFd>,
     ) -> PyResult<Self> {
         let options = BlkOptions {
             queues,
@@ -67,7 +85,7 @@ impl Member {
             blk_size,
             serial: serial.to_owned(),
         };
-        let blk = open(py, image, read_only, shared, options)?;
+        let blk = open(py, image, read_only, shared, image_fd, options)?;
         let device = Arc::clone(&blk);
         let options = MemberOptions {
             legacy,
@@ -84,7 +102,7 @@ impl Member {
 
     /// The owner itself: member 0, with administration virtqueues behind its own.
     #[staticmethod]
-    #[pyo3(signature = (pool, group, image, *, read_only=false, queues=1, queue_size=256, blk_size=512, serial="", packed=false, in_order=false, shared=false, vectors=None))]
+    #[pyo3(signature = (pool, group, image, *, read_only=false, queues=1, queue_size=256, blk_size=512, serial="", packed=false, in_order=false, shared=false, vectors=None, image_fd=None))]
     #[allow(clippy::too_many_arguments)]
     fn owner(
         py: Python<'_>,
@@ -100,6 +118,7 @@ impl Member {
         in_order: bool,
         shared: bool,
         vectors: Option<u16>,
+        image_fd: Option<RawFd>,
     ) -> PyResult<Self> {
         let options = BlkOptions {
             queues,
@@ -107,7 +126,7 @@ impl Member {
             blk_size,
             serial: serial.to_owned(),
         };
-        let blk = open(py, image, read_only, shared, options)?;
+        let blk = open(py, image, read_only, shared, image_fd, options)?;
         let device = Arc::clone(&blk);
         let count = group.inner.core().options.admin_queues;
         let options = MemberOptions {
@@ -133,6 +152,17 @@ impl Member {
     #[getter]
     fn id(&self) -> u32 {
         self.inner.id()
+    }
+
+    /// A duplicate of the image's fd, for a successor; None for an image that has none.
+    fn image_fd(&self) -> PyResult<Option<RawFd>> {
+        let image = self.blk.image();
+        let fd = image.file().map(|fd| fd.try_clone_to_owned()).transpose()?;
+        Ok(fd.map(IntoRawFd::into_raw_fd))
+    }
+
+    fn set_writeback(&self, on: bool) {
+        self.blk.set_writeback(on);
     }
 
     #[getter]

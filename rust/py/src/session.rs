@@ -70,6 +70,9 @@ impl Outcome {
     }
 }
 
+/// Header, payload, fds.
+type Whole<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>, Vec<RawFd>);
+
 /// The back-end side of one vhost-user connection, without the socket.
 #[pyclass(frozen, module = "vhu_legacy._native")]
 pub struct Session {
@@ -133,6 +136,36 @@ impl Session {
         self.lock()
             .backend_reply(&header, payload)
             .map_err(|fault| fault_to_py(py, fault))
+    }
+
+    fn freeze(&self) -> Option<u64> {
+        self.lock().freeze()
+    }
+
+    /// The messages that make another session what this one is: (state, rings), each a list of (header, payload, fds).
+    fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<(Vec<Whole<'py>>, Vec<Whole<'py>>)> {
+        let replay = self.lock().snapshot().map_err(|e| to_py(py, &e))?;
+        let whole = |(bytes, fds): session::Whole| {
+            let (header, payload) = bytes.split_at(session::HEADER_SIZE);
+            let fds = fds.into_iter().map(IntoRawFd::into_raw_fd).collect();
+            (PyBytes::new(py, header), PyBytes::new(py, payload), fds)
+        };
+        let state = replay.state.into_iter().map(whole).collect();
+        Ok((state, replay.rings.into_iter().map(whole).collect()))
+    }
+
+    #[getter]
+    fn config_read(&self) -> bool {
+        self.lock().config_read()
+    }
+
+    #[getter]
+    fn config_pending(&self) -> bool {
+        self.lock().config_pending()
+    }
+
+    fn set_config_read(&self) {
+        self.lock().set_config_read();
     }
 
     fn detach(&self) -> Option<u64> {

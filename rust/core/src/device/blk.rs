@@ -268,6 +268,11 @@ impl Blk {
         self.read_only.load(Ordering::Relaxed)
     }
 
+    /// Sets the writeback field, as another process has left it.
+    pub fn set_writeback(&self, on: bool) {
+        self.writeback.store(u8::from(on), Ordering::Relaxed);
+    }
+
     /// The writeback field.
     pub fn writeback(&self) -> bool {
         self.writeback.load(Ordering::Relaxed) != 0

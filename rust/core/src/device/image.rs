@@ -2,7 +2,7 @@
 //! Storage behind a block device: a raw file, memory, or nothing at all.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,11 +13,12 @@ use crate::sys;
 /// Bytes of a sector, the unit of virtio-blk.
 pub const SECTOR: u64 = 512;
 
-/// Memory as storage: anonymous pages, given to requests of several workers at once like a disk, without any order
+/// Memory as storage: pages without a name, which a successor of this process can take over, given to requests of several workers at once like a disk, without any order
 /// between overlapping ones.
 pub struct RamDisk {
     ptr: NonNull<u8>,
     len: u64,
+    file: OwnedFd,
 }
 
 // SAFETY: accessed by raw copies only; two requests that overlap in time and place get a mix of both, as on a disk.
@@ -27,20 +28,24 @@ unsafe impl Sync for RamDisk {}
 
 impl RamDisk {
     fn new(len: u64) -> std::io::Result<Self> {
+        Self::map(sys::shared_memory("vhu-ram-disk", len)?, len)
+    }
+
+    fn map(file: OwnedFd, len: u64) -> std::io::Result<Self> {
         let size = usize::try_from(len).map_err(|_| std::io::Error::from_raw_os_error(libc::ENOMEM))?;
-        // SAFETY: a new anonymous mapping at an address the kernel chooses.
+        // SAFETY: a new mapping at an address the kernel chooses, of a file that can't shrink: it is sealed.
         let ptr = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 size,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
                 0,
             )
         };
         match NonNull::new(ptr.cast::<u8>()) {
-            Some(ptr) if ptr.as_ptr().cast() != libc::MAP_FAILED => Ok(Self { ptr, len }),
+            Some(ptr) if ptr.as_ptr().cast() != libc::MAP_FAILED => Ok(Self { ptr, len, file }),
             _ => Err(std::io::Error::last_os_error()),
         }
     }
@@ -58,15 +63,15 @@ impl RamDisk {
         let Some(ptr) = self.at(offset, len) else { return };
         let start = offset.next_multiple_of(4096).min(offset + len);
         let end = ((offset + len) / 4096 * 4096).max(start);
-        // SAFETY: [offset, offset + len) is inside the mapping (at), and start and end lie in that range. DONTNEED on
-        // private anonymous pages makes them read as zero.
+        // SAFETY: [offset, offset + len) is inside the mapping (at), and start and end lie in that range. REMOVE frees
+        // the pages of the memory file, which then read as zero.
         unsafe {
             std::ptr::write_bytes(ptr, 0, (start - offset) as usize);
             if end > start {
                 libc::madvise(
                     self.ptr.as_ptr().add(start as usize).cast(),
                     (end - start) as usize,
-                    libc::MADV_DONTNEED,
+                    libc::MADV_REMOVE,
                 );
             }
             std::ptr::write_bytes(self.ptr.as_ptr().add(end as usize), 0, (offset + len - end) as usize);
@@ -183,6 +188,45 @@ impl Image {
             shared,
             size: AtomicU64::new(size),
         })
+    }
+
+    /// An image that another process has open and hands over, with its lock: the fd is that of a file image, or of the memory
+    /// of a RAM image. `spec` and the rest as for `open`.
+    ///
+    /// # Errors
+    /// [`Error::Image`].
+    pub fn adopt(spec: &str, read_only: bool, shared: bool, fd: OwnedFd) -> Result<Self> {
+        let fail = |reason: String| Error::Image {
+            spec: spec.to_owned(),
+            reason,
+        };
+        let file = File::from(fd);
+        let size = file_size(&file).map_err(&fail)?;
+        check_size(size).map_err(&fail)?;
+        let storage = if spec.starts_with("ram:") {
+            if !sys::is_sealed(&file) {
+                return Err(fail("not the memory of a RAM image".into()));
+            }
+            Storage::Ram(RamDisk::map(file.into(), size).map_err(|e| fail(e.to_string()))?)
+        } else {
+            Storage::File(file)
+        };
+        Ok(Self {
+            spec: spec.to_owned(),
+            storage,
+            read_only,
+            shared,
+            size: AtomicU64::new(size),
+        })
+    }
+
+    /// The fd to hand over to a successor; None for an image that has none.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        match &self.storage {
+            Storage::File(file) => Some(file.as_fd()),
+            Storage::Ram(ram) => Some(ram.file.as_fd()),
+            Storage::Null => None,
+        }
     }
 
     /// Our open file, when `file` is another opening of it.

@@ -126,10 +126,10 @@ impl Handle {
         }
     }
 
-    fn set_kick(&self, kick: OwnedFd, done: Completion) {
+    fn set_kick(&self, kick: Arc<OwnedFd>, done: Completion) {
         match self {
             Self::Worker(queue) => queue.set_kick(kick, done),
-            Self::Thread(queue) => queue.set_kick(Arc::new(kick), done),
+            Self::Thread(queue) => queue.set_kick(kick, done),
         }
     }
 
@@ -182,6 +182,8 @@ struct Queue {
     position: Option<u32>,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
+    /// vhost-user: what a ring that runs, or ran until it was paused, has for kick and call.
+    wires: (Option<Arc<OwnedFd>>, Option<Arc<OwnedFd>>),
     enabled: bool,
     run: Run,
     /// Times it has been started: tells the end of an old ring from that of its successor.
@@ -215,6 +217,21 @@ impl Queue {
     /// a started ring is enabled.
     fn may_run(&self, driver_features: u64) -> bool {
         self.enabled || driver_features & feature::PROTOCOL_FEATURES == 0
+    }
+
+    fn snapshot(&self) -> QueueSnapshot {
+        let shared = |waiting: &Option<OwnedFd>, wire: &Option<Arc<OwnedFd>>| {
+            let waiting = waiting.as_ref().and_then(|fd| fd.try_clone().ok()).map(Arc::new);
+            waiting.or_else(|| wire.clone())
+        };
+        QueueSnapshot {
+            size: self.size,
+            position: self.position,
+            addresses: self.addresses,
+            kick: shared(&self.kick, &self.wires.0),
+            call: shared(&self.call, &self.wires.1),
+            enabled: self.enabled,
+        }
     }
 
     fn running(&self) -> Option<&Handle> {
@@ -268,6 +285,7 @@ impl Queue {
             position: None,
             kick: None,
             call: None,
+            wires: (None, None),
             enabled: false,
             run: Run::Stopped,
             starts: 0,
@@ -433,6 +451,41 @@ pub struct MemberOptions {
     pub vectors: u16,
     /// It is an owner, with these.
     pub admin: Option<AdminQueues>,
+}
+
+/// A place in a file of the front end's: bytes, offset, and the region that maps it.
+pub type Place = (u64, u64, Region);
+
+/// What a vhost-user front end has set, for a successor of this process.
+pub struct Snapshot {
+    /// Accepted features, LOG_ALL among them; None: none were written.
+    pub features: Option<u64>,
+    /// The device status register.
+    pub status: u8,
+    /// Guest memory.
+    pub memory: Vec<Region>,
+    /// Memory for requests in flight, and of how many queues.
+    pub inflight: Option<(Place, u16)>,
+    /// The log of written pages.
+    pub log: Option<Place>,
+    /// The queues.
+    pub queues: Vec<QueueSnapshot>,
+}
+
+/// A queue in a [`Snapshot`].
+pub struct QueueSnapshot {
+    /// Size.
+    pub size: u16,
+    /// Where to go on, if it is known.
+    pub position: Option<u32>,
+    /// Ring areas.
+    pub addresses: Option<RingAddresses>,
+    /// Notifications come here.
+    pub kick: Option<Arc<OwnedFd>>,
+    /// Interrupts go here.
+    pub call: Option<Arc<OwnedFd>>,
+    /// SET_VRING_ENABLE.
+    pub enabled: bool,
 }
 
 /// State of a queue, for people.
@@ -1023,6 +1076,7 @@ impl Member {
         let queue = Self::queue(&mut registers, index)?;
         queue.kick = None;
         queue.call = None;
+        queue.wires = (None, None);
         let mut token = None;
         queue.stop(|| {
             let done = self.pool.events().completion();
@@ -1030,6 +1084,33 @@ impl Member {
             done
         });
         Ok(token)
+    }
+
+    /// Stops all rings for a successor to go on. Some: wait, then `collect`.
+    pub fn pause(&self) -> Option<u64> {
+        self.stop_all(&mut self.lock())
+    }
+
+    /// What a vhost-user front end has set, for a successor. The rings must have stopped.
+    pub fn snapshot(&self) -> Snapshot {
+        let registers = self.lock();
+        let area = |area: &HostArea| {
+            let region = area.map().regions().first();
+            region.map(|region| (area.len() as u64, region.mmap_offset, region.clone()))
+        };
+        Snapshot {
+            features: registers
+                .features_written
+                .then_some(registers.driver_features | if registers.logging { feature::LOG_ALL } else { 0 }),
+            status: registers.status,
+            memory: registers.map.regions().to_vec(),
+            inflight: registers
+                .inflight
+                .as_ref()
+                .and_then(|inflight| area(&inflight.area).map(|place| (place, inflight.queues))),
+            log: registers.log.as_ref().and_then(|log| area(log.bits())),
+            queues: registers.queues.iter().map(Queue::snapshot).collect(),
+        }
     }
 
     /// Position of a stopped ring.
@@ -1057,7 +1138,9 @@ impl Member {
         if let Some(handle) = queue.running() {
             let done = self.pool.events().completion();
             let token = done.token();
-            handle.set_kick(kick, done);
+            let kick = Arc::new(kick);
+            handle.set_kick(Arc::clone(&kick), done);
+            queue.wires.0 = Some(kick);
             return Ok(Some(token));
         }
         queue.kick = Some(kick);
@@ -1075,7 +1158,9 @@ impl Member {
             Some(handle) => {
                 let done = self.pool.events().completion();
                 let token = done.token();
-                handle.set_call(Call::eventfd(call), done);
+                let call = Call::eventfd(call);
+                handle.set_call(call.clone(), done);
+                queue.wires.1 = call.fd;
                 Some(token)
             }
             None => {
@@ -1170,7 +1255,9 @@ impl Member {
         }
         let (kick, call) = if vhost_user {
             let Some(kick) = queue.kick.take() else { return Ok(()) };
-            (Arc::new(kick), Call::eventfd(queue.call.take()))
+            let (kick, call) = (Arc::new(kick), Call::eventfd(queue.call.take()));
+            queue.wires = (Some(Arc::clone(&kick)), call.fd.clone());
+            (kick, call)
         } else {
             let bell = sys::eventfd()
                 .map_err(|e| on_queue(Fault::new("vring.kick", format!("no eventfd for notifications: {e}"))))?;
