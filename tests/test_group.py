@@ -1059,7 +1059,7 @@ async def test_connecting_to_nobody(work: Path) -> None:
 
 
 async def test_qemu_that_is_not_there_or_busy(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vhu_legacy.group_qmp.QEMU_TIMEOUT", 0.2)
+    monkeypatch.setattr("vhu_legacy.qemu_view.QEMU_TIMEOUT", 0.2)
     with socket.socket(socket.AF_UNIX) as busy:
         busy.bind(str(work / "q.sock"))
         busy.listen()

@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from .config import CheckResult, CompatConfig, GroupConfig, MemberConfig, OwnerConfig, check, load
@@ -23,6 +23,7 @@ from .errors import (
     MemberError,
     Problem,
     RunDirBusyError,
+    StateError,
     VhuError,
 )
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from .admin import AdminError
     from .group import Group, open_group
     from .owner import OwnerDriver
+
+    __version__: str
 
 __all__ = [
     "AdminError",
@@ -48,6 +51,7 @@ __all__ = [
     "OwnerDriver",
     "Problem",
     "RunDirBusyError",
+    "StateError",
     "VhuError",
     "__version__",
     "check",
@@ -55,15 +59,23 @@ __all__ = [
     "open_group",
 ]
 
-try:
-    __version__ = version("vhu-legacy")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0.0.0"
-
 
 def __getattr__(name: str) -> Any:
     # `vhu-legacy validate` and `qemu-args` need neither trio nor the native module: those come with the group
     module = {"AdminError": "admin", "Group": "group", "OwnerDriver": "owner", "open_group": "group"}.get(name)
     if module is not None:
         return getattr(import_module(f".{module}", __name__), name)
+    if name == "__version__":
+        return _find_version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
+def _find_version() -> str:
+    # costs a third of what all of trio does, and hardly anybody asks
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("vhu-legacy")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0.0.0"

@@ -156,7 +156,8 @@ class VhostUserServer:
         self._refused = 0
         self._quiet_until = -math.inf
         self._listener: trio.socket.SocketType | None = None
-        self._accepting: Final = trio.CancelScope()
+        self._accepting: trio.CancelScope | None = None
+        self._held: trio.Event | None = None
         self._left = False
         self._tell_config = False
         self._taken_over: tuple[Channel, _native.Session, Channel | None] | None = None
@@ -195,9 +196,13 @@ class VhostUserServer:
                     task_status.started()
                     if self._taken_over is not None:
                         nursery.start_soon(self._serve_taken_over, *self._taken_over)
-                    with self._accepting:
-                        await self._accept(listener, nursery)
-                    await trio.sleep_forever()
+                    while True:
+                        with trio.CancelScope() as self._accepting:
+                            await self._accept(listener, nursery)
+                        self._accepting = None
+                        if self._held is not None:
+                            # who connects meanwhile waits for the successor, or for us
+                            await self._held.wait()
             finally:
                 # Only what was bound here: somebody may have put another socket in its place.
                 with contextlib.suppress(OSError):
@@ -444,7 +449,9 @@ class VhostUserServer:
         None when no front end is attached, or the attached one can't be handed over (it is disconnected then, and may
         connect again, to the successor). `go_on` or `leave` has to follow.
         """
-        self._accepting.cancel()
+        self._held = trio.Event()
+        if self._accepting is not None:
+            self._accepting.cancel()
         connection = self._connection
         if connection is None or connection.scope.cancel_called:
             return None
@@ -474,6 +481,26 @@ class VhostUserServer:
         connection.go_on()
         await self.disconnect("the process is being replaced")
         return None
+
+    async def go_on(self, held: HeldConnection | None, *, moved: bool) -> None:
+        """The end of `hold`: there is no successor. One that may have begun to serve the connection (`moved`) has left the
+        rings in a state that only the front end can tell, so it is disconnected, and can connect again."""
+        connection = self._connection
+        if connection is not None and held is not None:
+            try:
+                if not moved:
+                    for message in held.rings:
+                        await self._replay(connection.session, message)
+                        message.fds.clear()
+            except (_native.NativeError, OSError) as error:
+                logger.warning("member %d: its rings can't be started again: %s", self._member.id, error)
+                moved = True
+            connection.go_on()
+            if moved:
+                await self.disconnect("the process that was to replace this one has failed")
+        if self._held is not None:
+            self._held.set()
+            self._held = None
 
     def leave(self) -> None:
         """A successor has listener and connection: let go of both without a word to anybody. The task that runs `run`

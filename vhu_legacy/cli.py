@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.handlers
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import threading
-import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -28,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 import click
 
-from . import __version__, qemu_args
+from . import qemu_args
 from .errors import ClientError, ConfigError, GroupError, GuestError, VhuError, single
 
 if TYPE_CHECKING:
@@ -37,6 +33,7 @@ if TYPE_CHECKING:
 
     from .client import GroupClient
     from .config import OwnerConfig
+    from .upgrade import TakeOver
 
 T = TypeVar("T")
 Via = Literal["vhost-user", "vfio-user"]
@@ -78,6 +75,8 @@ class Commands(click.Group):
         except BaseException as raised:
             error = single(raised)
             if os.environ.get(DEBUG):
+                import traceback
+
                 traceback.print_exception(raised)
             raise _translate(error) from raised
 
@@ -105,8 +104,24 @@ def _translate(error: BaseException) -> BaseException:
             return Failure(f"internal error: {type(error).__name__}: {error} ({hint})")
 
 
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from . import __version__
+
+    click.echo(f"vhu-legacy, version {__version__}")
+    ctx.exit()
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="vhu-legacy")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
 def main() -> None:
     """A software virtio device group for stock QEMU, with members that legacy guests can drive."""
 
@@ -321,14 +336,71 @@ def ask_group(group_name: str | None, run_dir: Path | None, function: Callable[[
 @click.option(
     "--log-level", type=click.Choice(("debug", "info", "warning", "error")), default="info", show_default=True
 )
+@click.option(
+    "--fresh", is_flag=True, help="Forget what was changed by commands since the group was first served (state.json)."
+)
+@click.option("--supervise", is_flag=True, help="Serve in a child process, and start another when it dies.")
+@click.option("--predecessor", type=int, hidden=True, help="A socket to the process that hands its group over.")
+@click.option("--supervisor", type=int, hidden=True, help="The process to end with, when the predecessor has gone.")
 @json_option
-def serve(file: Path, run_dir: Path | None, engine: str, log_level: str, as_json: bool) -> None:
+def serve(
+    file: Path,
+    run_dir: Path | None,
+    engine: str,
+    log_level: str,
+    fresh: bool,
+    supervise: bool,
+    predecessor: int | None,
+    supervisor: int | None,
+    as_json: bool,
+) -> None:
     """Serve the group of FILE until SIGTERM or SIGINT.
 
     Prints one JSON line on stdout when all sockets are there (with or without --json), and logs to stderr.
     """
-    with _log_to_stderr(log_level.upper()):
-        run_async(_serve, file, run_dir, engine)
+
+    def serve_once(how: Serving, died: str | None = None) -> None:
+        with _log_to_stderr(log_level.upper()):
+            if died is not None:
+                log.error("%s: serving again", died)
+            run_async(_serve, file, run_dir, engine, how)
+
+    if not supervise:
+        serve_once(Serving(fresh=fresh, announce=predecessor is None, predecessor=predecessor, supervisor=supervisor))
+        return
+    from .supervisor import Attempt
+    from .supervisor import supervise as run_supervised
+
+    _import_server()
+
+    def again(attempt: Attempt) -> None:
+        announce = not attempt.announced
+        how = Serving(
+            fresh=fresh and announce,
+            announce=announce,
+            ready=attempt.ready,
+            supervisor=attempt.supervisor,
+        )
+        serve_once(how, attempt.died)
+
+    raise click.exceptions.Exit(run_supervised(again))
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a serving process is to know of those before and around it."""
+
+    fresh: bool = False
+    announce: bool = True
+    """Print the line for whoever waits."""
+    ready: Callable[[], None] = lambda: None
+    predecessor: int | None = None
+    supervisor: int | None = None
+
+
+def _import_server() -> None:
+    """All that serving needs, so that a child finds it in memory."""
+    from . import group, group_qmp, running  # noqa: F401
 
 
 @contextmanager
@@ -356,12 +428,21 @@ def _log_to_stderr(level: str) -> Iterator[None]:
         writer.join(1.0)
 
 
-class _LossyHandler(logging.handlers.QueueHandler):
-    """Drops what does not fit, and counts it."""
+class _LossyHandler(logging.Handler):
+    """Hands records to the thread that writes them. Drops what does not fit, and counts it."""
 
-    lost = 0
+    def __init__(self, lines: Queue[logging.LogRecord]) -> None:
+        super().__init__()
+        self.queue = lines
+        self.lost = 0
 
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            # what the arguments say now, not when it is written
+            record.msg, record.args = record.getMessage(), None
+        except (TypeError, ValueError):
+            self.handleError(record)
+            return
         if self.lost:
             note = logging.LogRecord(record.name, logging.WARNING, "", 0, "%d log lines lost", (self.lost,), None)
             try:
@@ -381,15 +462,47 @@ def _write_log(lines: Queue[logging.LogRecord], target: logging.Handler) -> None
         target.handle(record)
 
 
-async def _serve(file: Path, run_dir: Path | None, engine: str) -> None:
+async def _serve(file: Path, run_dir: Path | None, engine: str, how: Serving) -> None:
+    if how.predecessor is None:
+        await _serve_group(file, run_dir, engine, how, None)
+        return
+    from .handover import Pipe
+    from .upgrade import TakeOver
+
+    take_over = TakeOver(Pipe.from_fd(how.predecessor))
+    try:
+        await _serve_group(file, run_dir, engine, how, take_over)
+    except BaseException as raised:
+        await take_over.refuse(str(single(raised)))
+        raise
+
+
+async def _serve_group(
+    file: Path, run_dir: Path | None, engine: str, how: Serving, predecessor: TakeOver | None
+) -> None:
     import trio
 
+    from . import state
     from .config import check
     from .group import Engine, Group, open_group
     from .group_qmp import serve_qmp
+    from .supervisor import HANDED_OVER
+
+    damaged: list[GroupError] = []
+
+    def unused_images(name: str, directory: Path) -> Collection[int]:
+        # A look before the run directory is ours; it is read again then.
+        try:
+            kept = None if how.fresh else state.read(run_dir or directory, name)
+        except GroupError as error:
+            damaged.append(error)
+            return ()
+        return () if kept is None else kept.unused_images
 
     async def stop_on_signal(*, task_status: trio.TaskStatus[None]) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        # nohup has SIGHUP ignored; otherwise the end of a terminal is no reason to leave sockets behind
+        hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, *hangup) as signals:
             task_status.started()
             async for number in signals:
                 log.info("%s: stopping", signal.Signals(number).name)
@@ -398,20 +511,44 @@ async def _serve(file: Path, run_dir: Path | None, engine: str) -> None:
     async def until_asked(group: Group) -> None:
         async with trio.open_nursery() as inner:
             await inner.start(serve_qmp, group)
-            click.echo(json.dumps(ready_line(group)))
+            if predecessor is not None:
+                await predecessor.serving()
+                log.info("%d members are taken over", len(group.member_ids))
+                if how.supervisor is not None:
+                    inner.start_soon(end_with, how.supervisor)
+            elif how.announce:
+                click.echo(json.dumps(ready_line(group)))
+            else:
+                log.info("%d members are served again", len(group.member_ids))
+            group.supervisor_pid = how.supervisor
+            how.ready()
             await group.stopping.wait()
             inner.cancel_scope.cancel()
+
+    async def end_with(supervisor: int) -> None:
+        from .supervisor import die_with_parent
+
+        # the predecessor goes next, and with it whatever it would have us die of
+        while os.getppid() != supervisor:
+            await trio.sleep(0.01)
+        die_with_parent(supervisor)
 
     async with trio.open_nursery() as nursery:
         # first of all: a signal during a long start ends it cleanly, too
         await nursery.start(stop_on_signal)
-        result = await trio.to_thread.run_sync(check, file)
+        result = await trio.to_thread.run_sync(check, file, unused_images)
         if result.config is None:
+            if damaged:
+                raise damaged[0]
             raise ConfigError(result.problems)
         for warning in result.warnings:
             log.warning("%s", warning)
-        async with open_group(result.config, run_dir=run_dir, engine=cast(Engine, engine)) as group:
+        async with open_group(
+            result.config, run_dir=run_dir, engine=cast(Engine, engine), fresh=how.fresh, predecessor=predecessor
+        ) as group:
             await until_asked(group)
+        if group.left and how.supervisor is not None:
+            raise SystemExit(HANDED_OVER)
         nursery.cancel_scope.cancel()
 
 
@@ -434,6 +571,34 @@ def ready_line(group: Any) -> dict[str, Any]:
     if function is not None:
         line["owner"] = {"vfio_user": function["socket"]}
     return line
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--python", help="The Python interpreter that has the new version [default: the one running this].")
+@click.option("--force", is_flag=True, help="Drop the clients of PCI functions, which can't be handed over.")
+@json_option
+def upgrade(run_dir: Path, python: str | None, force: bool, as_json: bool) -> None:
+    """Replace the process that serves the group of RUN_DIR by a new one, while guests go on.
+
+    Front ends on vhost-user sockets are handed over; they need no way to reconnect. The new process is started with the
+    group file and the environment of the old one, and this command's version of the program.
+    """
+
+    async def ask(connected: GroupClient) -> Any:
+        values = {"python": python or sys.executable, "force": force}
+        return await connected.execute("upgrade", values)
+
+    answer = ask_group(None, run_dir, ask)
+    if as_json:
+        print_json(answer)
+        return
+    pause = answer["longest-pause"] * 1000
+    text = f"process {answer['pid']} serves {answer['members']} members; {answer['moved']} front ends were handed over"
+    click.echo(f"{text}, the longest pause was {pause:.1f} ms" if answer["moved"] else text)
+    if answer["reconnecting"]:
+        which = ", ".join(str(member) for member in answer["reconnecting"])
+        click.echo(f"disconnected, and free to connect again: the front ends of members {which}", err=True)
 
 
 @main.command()
@@ -1298,6 +1463,8 @@ def installed_version() -> tuple[int, int]:
     """The version of the QEMU that the command line is going to start; the newest known one when there is
     none.
     """
+    import subprocess
+
     try:
         done = subprocess.run([qemu_args.BINARY, "--version"], capture_output=True, text=True, timeout=20, check=True)
         return qemu_args.version_of_output(done.stdout)
@@ -1318,6 +1485,8 @@ def shell(group_name: str | None, run_dir: Path | None, args: tuple[str, ...], a
     from .rundir import QMP_SOCKET
 
     path = client.find_group(group_name, run_dir) / QMP_SOCKET
+    import shutil
+
     beside = Path(sys.executable).with_name("qmp-shell")
     program = str(beside) if beside.exists() else shutil.which("qmp-shell")
     if program is None:

@@ -17,7 +17,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -86,6 +86,9 @@ class MemberConfig:
     blk_size: int = SECTOR
     serial: str = ""
     packed: bool = False
+    in_order: bool = False
+    shared: bool = False
+    """Other processes may have the image open for writing, too: the two ends of a live migration."""
     vectors: int | None = None
     """MSI-X vectors of its PCI functions, 0 for none; None for one a queue and one more."""
     vfio_user: bool = False
@@ -110,6 +113,9 @@ class OwnerConfig:
     queues: int = 1
     queue_size: int = 256
     packed: bool = False
+    in_order: bool = False
+    shared: bool = False
+    """Other processes may have the image open for writing, too: the two ends of a live migration."""
     vectors: int | None = None
     """MSI-X vectors of its PCI function, 0 for none; None for one a queue (administration, too) and one more."""
     blk_size: int = SECTOR
@@ -239,11 +245,14 @@ def load(path: Path) -> GroupConfig:
     return result.config
 
 
-def check(path: Path) -> CheckResult:
+def check(path: Path, unused_images: Callable[[str, Path], Collection[int]] | None = None) -> CheckResult:
     """Read a group file and return it with all problems and warnings; nothing that stands in it makes this
     raise.
+
+    `unused_images(name, run_dir)` says of which members the images that the file names aren't looked at, since these
+    members are deleted, or have another one.
     """
-    checker = _Checker(path)
+    checker = _Checker(path, unused_images)
     config = checker.run()
     # in the order of the file as it is usually written; the tables aren't read in that order
     return CheckResult(
@@ -309,6 +318,8 @@ _OWNER_KEYS: Final = (
     "queues",
     "queue_size",
     "packed",
+    "in_order",
+    "shared",
     "vectors",
     "blk_size",
     "serial",
@@ -324,6 +335,8 @@ _MEMBER_KEYS: Final = (
     "queue_size",
     "legacy",
     "packed",
+    "in_order",
+    "shared",
     "vectors",
     "blk_size",
     "serial",
@@ -420,8 +433,10 @@ class _Checker:
     """Collects what is wrong with one group file."""
 
     path: Path
+    unused_images: Callable[[str, Path], Collection[int]] | None = None
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    _unused: Collection[int] = ()
     _uses: dict[tuple[int, int], _Use] = field(default_factory=dict)
     _serials: dict[str, int] = field(default_factory=dict)
     _ids: dict[int, str] = field(default_factory=dict)
@@ -439,9 +454,21 @@ class _Checker:
                 kind = f"[{key}]" if isinstance(document[key], (dict, list)) else key
                 hint = _did_you_mean(key, _TABLES)
                 self.problem(None, None, f"unknown table or key {kind}{hint}", "[group], [owner], [[members]]")
+        self._unused = self._ask_unused(document.get("group"), base)
         owner = self._owner(document.get("owner"), base)
         members = tuple(self._members(document.get("members"), base))
         return self._group(document.get("group"), base, owner, members)
+
+    def _ask_unused(self, group: object, base: Path) -> Collection[int]:
+        """What `unused_images` says; nothing when the table is so wrong that it can't be asked."""
+        if self.unused_images is None or not isinstance(group, dict):
+            return ()
+        name, run_dir = group.get("name"), group.get("run_dir", "")
+        if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+            return ()
+        if not isinstance(run_dir, str) or "\0" in run_dir:
+            return ()
+        return self.unused_images(name, base / run_dir if run_dir else default_run_dir(name))
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -567,6 +594,8 @@ class _Checker:
         queues = table.integer("queues", 1, 1, MAX_QUEUES) or 1
         queue_size = table.one_of("queue_size", 256, QUEUE_SIZES)
         packed = table.boolean("packed", False)
+        in_order = table.boolean("in_order", False)
+        shared = table.boolean("shared", False)
         vectors = self._vectors(table, vfio_user)
         if vectors == 0 and queues > 1:
             table.warning(
@@ -596,6 +625,8 @@ class _Checker:
             queues,
             queue_size,
             packed,
+            in_order,
+            shared,
             vectors,
             blk_size,
             serial,
@@ -663,6 +694,8 @@ class _Checker:
                 f"up to {LEGACY_QUEUE_SIZE}, or legacy = false",
             )
         packed = table.boolean("packed", False)
+        in_order = table.boolean("in_order", False)
+        shared = table.boolean("shared", False)
         vfio_user = table.boolean("vfio_user", False)
         vectors = self._vectors(table, vfio_user)
         blk_size = table.one_of("blk_size", SECTOR, BLK_SIZES)
@@ -681,6 +714,8 @@ class _Checker:
             blk_size,
             "",
             packed,
+            in_order,
+            shared,
             vectors,
             vfio_user,
         )
@@ -691,6 +726,9 @@ class _Checker:
             if image is not None:
                 try:
                     text = _expand(image, member_id)
+                    if member_id in self._unused and "\0" not in text and not text.startswith(("ram:", "null:")):
+                        yield replace(template, id=member_id, image=str((base / text).absolute()), serial=name)
+                        continue
                     resolved = _resolve_image(text, base, read_only=read_only, blk_size=blk_size)
                     self._claim(resolved, f"member {member_id}", table, read_only=read_only)
                 except _Wrong as wrong:

@@ -9,6 +9,7 @@ texts.
      +-- GroupError      a group can't be started or can't do what was asked
      |    +-- RunDirBusyError    another process serves the same run directory
      |    +-- MemberError        one member can't be added, changed or removed
+     |    +-- StateError         what a former process left in `state.json` can't be used
      +-- ClientError     a running group can't be found, reached, or refuses a command
      +-- GuestError      a guest didn't boot or failed its task
      +-- ImagesError     guest kernels or QEMU packages can't be fetched or built
@@ -34,6 +35,7 @@ __all__ = [
     "MemberError",
     "Problem",
     "RunDirBusyError",
+    "StateError",
     "VhuError",
     "single",
 ]
@@ -111,6 +113,16 @@ class MemberError(GroupError):
         super().__init__(reason if member_id is None else f"member {member_id}: {reason}")
         self.member_id = member_id
         self.detail = reason
+
+
+class StateError(GroupError):
+    """The state that a former process left in the run directory can't be used. `path` is its file."""
+
+    def __init__(self, path: Path, problem: str, remedy: str | None = None) -> None:
+        fresh = "start with --fresh to forget it (the file is kept, as state.json.old)"
+        super().__init__(f"{path}: {problem}; {fresh if remedy is None else f'{remedy}, or {fresh}'}")
+        self.path = path
+        self.problem = problem
 
 
 class ClientError(VhuError):

@@ -17,23 +17,24 @@ known state.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
 import resource
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import outcome
 import trio
 
-from . import _native
-from .admin import AdminError
+from . import _native, state
+from .admin import AdminError, Command, Opcode
 from .backend import VhostUserServer
 from .config import (
     MAX_MEMBER_ID,
@@ -47,15 +48,19 @@ from .config import (
     resolve_image,
 )
 from .doorbells import EventHub
-from .errors import ConfigError, GroupError, MemberError, Problem, single
+from .errors import ConfigError, GroupError, MemberError, Problem, StateError, single
 from .functions import MEMBER_FUNCTIONS, FunctionKind, FunctionServer, function_kinds
 from .owner import OwnerDriver, OwnerLink
 from .rundir import QMP_SOCKET, RunDir, default_run_dir, function_socket_name, socket_name, too_long
+from .state import Kept
 
 __all__ = ["ENGINES", "Engine", "EventStream", "Group", "GroupEvent", "open_group"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from .upgrade import TakeOver
 
 Engine = Literal["native", "rust-vmm"]
 ENGINES: Final[tuple[Engine, ...]] = ("native", "rust-vmm")
@@ -93,6 +98,14 @@ NOBODY: Final = 0xFFFFFFFF
 """A number that no member can have."""
 MAX_TRACE: Final = 4096
 """Register accesses in one answer."""
+OPEN_BATCH: Final = 256
+"""Members that are opened together at the start."""
+LOCK_PATIENCE: Final = 5.0
+"""Seconds that an image may stay locked by requests of a process that was killed."""
+LOCK_INTERVAL: Final = 0.002
+IN_USE: Final = "in use by another member or process"
+ASSIGNMENT_INTERVAL: Final = 1.0
+"""Seconds between two looks at what a guest that drives the owner has assigned."""
 RESERVED_FDS: Final = 128
 """Descriptors for everything that isn't a member: the pool, the QMP clients, Python."""
 
@@ -188,6 +201,73 @@ class _Slot(_Device):
     server: VhostUserServer | None
     lock: trio.Lock = field(default_factory=trio.Lock, kw_only=True)
     gone: bool = field(default=False, kw_only=True)
+    listener: int | None = field(default=None, kw_only=True)
+    """The listening socket that a predecessor has handed over."""
+    serving: bool = field(default=False, kw_only=True)
+    """Its task has been started, and sees to its end."""
+
+
+class _Keeper:
+    """Has the differences against the group file on disk (`state`), for who serves this run directory next."""
+
+    def __init__(self, config: GroupConfig, directory: Path) -> None:
+        self._config = config
+        self._directory = directory
+        self._kept: dict[int, Kept] = {}
+        self._lock = trio.Lock()
+        self._asked = 0
+        self._written = 0
+
+    def begin(self, kept: Iterable[Kept]) -> None:
+        """What is served from the start."""
+        self._kept = {entry.config.id: entry for entry in kept}
+
+    def features(self, member_id: int) -> int | None:
+        """The features that a member is kept with."""
+        entry = self._kept.get(member_id)
+        return None if entry is None else entry.features
+
+    async def keep(self, config: MemberConfig, features: int | None) -> None:
+        """A member is served like this from now on. Returns when that is on disk.
+
+        Raises OSError: it isn't yet, but will be with whatever is kept next.
+        """
+        self._kept[config.id] = Kept(config, features)
+        await self.save()
+
+    async def keep_features(self, found: Mapping[int, int | None]) -> None:
+        """These members are assigned these features. As `keep`."""
+        changes = {
+            member_id: replace(entry, features=features)
+            for member_id, features in found.items()
+            if (entry := self._kept.get(member_id)) is not None and entry.features != features
+        }
+        if changes:
+            self._kept.update(changes)
+            await self.save()
+
+    async def forget(self, member_id: int) -> None:
+        """A member isn't served any more. As `keep`."""
+        if self._kept.pop(member_id, None) is not None:
+            await self.save()
+
+    def drop(self, member_id: int) -> None:
+        """As `forget`, for a member that never got to the disk."""
+        self._kept.pop(member_id, None)
+
+    async def save(self) -> None:
+        """Returns when the disk has what was kept at the time of the call. Who asks while a file is being written is
+        served by the next one, together with all others that wait."""
+        self._asked += 1
+        mine = self._asked
+        async with self._lock:
+            if self._written >= mine:
+                return
+            covered = self._asked
+            differences = state.difference(self._config.members, self._kept)
+            # a thread can't be cancelled, and isn't left behind: the next writer comes after it
+            await trio.to_thread.run_sync(state.write, self._directory, differences, self._config.name)
+            self._written = covered
 
 
 class Group:
@@ -207,6 +287,8 @@ class Group:
         self._reserved: set[int] = set()
         self._promised_ids: set[int] = set()
         self._fds_promised = 0
+        self._image_users: dict[tuple[int, int], dict[int, bool]] = {}
+        """Who uses an image, by what makes it the same one; and whether only to read."""
         self._callbacks: list[Callable[[GroupEvent], None]] = []
         self._event_count = 0
         self._paces: dict[tuple[str, int], _Pace] = {}
@@ -215,6 +297,21 @@ class Group:
         self._owner: _Owner | None = None
         self._traced: set[int | None] = set()
         self._traced_some = trio.Event()
+        self._keeper = _Keeper(config, run_dir)
+        self.handing_over = False
+        """A new process is about to take over: members can't be changed."""
+        self.left = False
+        """A new process serves all of it."""
+        self.successor_pid: int | None = None
+        self.lock_fd = -1
+        """The lock file's descriptor, while the run directory is ours."""
+        self.qmp_fd: int | None = None
+        """The listening socket for QMP that a predecessor has handed over; None: it is to be bound."""
+        self.qmp_listener: Callable[[], int] = lambda: -1
+        """The descriptor of the listening socket for QMP."""
+        self.supervisor_pid: int | None = None
+        self._patient_until = -math.inf
+        """How long an image may be in use by what is left of a killed process."""
         try:
             self._device = _native.DeviceGroup(
                 pool,
@@ -226,7 +323,7 @@ class Group:
             )
         except (_native.NativeError, ValueError, OSError) as error:
             raise GroupError(f"the device group can't be made: {error}") from error
-        self._link = OwnerLink(self._device, hub, self._spawn)
+        self._link = OwnerLink(self._device, hub, self._spawn, self._after_command)
         hub.subscribe(self._native_event)
 
     @property
@@ -642,6 +739,8 @@ class Group:
         """
         if self._nursery is None or self.stopping.is_set():
             raise GroupError("the group is stopping")
+        if self.handing_over:
+            raise GroupError("a new process is taking over the group; try again in a moment")
         done = trio.Event()
         results: list[outcome.Maybe[T]] = []
 
@@ -659,9 +758,68 @@ class Group:
         await done.wait()
         if not results:
             raise GroupError("the group is stopping")
-        return results[0].unwrap()
+        # not kept in a variable: an error's traceback refers to this frame, and that would keep all that is in it
+        return results.pop().unwrap()
 
     async def _member_add(self, config: MemberConfig) -> Path:
+        await self._open([Kept(config)])
+        try:
+            await self._keeper.keep(config, None)
+        except OSError as error:
+            # what would be forgotten isn't promised
+            self._keeper.drop(config.id)
+            await self._member_del(config.id, force=True)
+            raise MemberError(config.id, f"not added: {self._unkept(error)}") from error
+        return self.run_dir / socket_name(config.id)
+
+    def _unkept(self, error: OSError) -> str:
+        return f"{self.run_dir / state.STATE_FILE} can't be written: {error.strerror or error}"
+
+    async def _open(self, batch: Sequence[Kept]) -> None:
+        """Start serving members. Raises MemberError; then there is no trace of the one it is about.
+
+        What touches files goes to a thread: once for all of them, since a hop costs more than opening an image.
+        """
+        configs = [kept.config for kept in batch]
+        identities = await trio.to_thread.run_sync(lambda: [image_identity(config.image) for config in configs])
+        reserved: list[MemberConfig] = []
+        opened: list[_native.Member] = []
+        slots: list[_Slot] = []
+        try:
+            for config, identity in zip(configs, identities, strict=True):
+                self._reserve(config, identity)
+                reserved.append(config)
+            opened = await trio.to_thread.run_sync(self._open_members, configs)
+            slots = [
+                self._make_slot(config, member, self.run_dir / socket_name(config.id), identity)
+                for config, member, identity in zip(configs, opened, identities, strict=True)
+            ]
+            for kept, slot in zip(batch, slots, strict=True):
+                # before its task starts, so that no event of a first connection is missed
+                self._slots[kept.config.id] = slot
+                self._device.add(slot.member)
+                if kept.features is not None:
+                    # a front end that reconnects shall find them, so before there is a socket
+                    await self._restore_features(kept.config.id, kept.features)
+            await self._start(slots)
+        except BaseException:
+            for config, identity in zip(reserved, identities, strict=False):
+                self._withdraw(config, identity)
+            idle = [slot.member for slot in slots if not slot.serving] if slots else list(opened)
+            # an image is let go of with the last reference to its member, and tracebacks keep the variables of frames
+            slots.clear()
+            opened.clear()
+            await _in_thread_shielded(functools.partial(_close_all, idle))
+            raise
+        finally:
+            self._reserved.difference_update(config.id for config in reserved)
+        for slot in slots:
+            config = slot.config
+            self._emit("added", config.id, {"type": config.type})
+            log.info("member %d: %s %s at %s", config.id, config.type, config.image, slot.path)
+
+    def _reserve(self, config: MemberConfig, identity: tuple[int, int] | None) -> None:
+        """Its number, its image and its descriptors are the member's from here on. Raises MemberError."""
         member_id = config.id
         self._promised_ids.discard(member_id)
         if not 1 <= member_id <= MAX_MEMBER_ID:
@@ -673,30 +831,43 @@ class Group:
         if too_long(longest):
             raise MemberError(member_id, f"{longest} is too long for a Unix socket; use a shorter run directory")
         self._check_limits(config)
+        self._check_sharing(config, identity)
         self._reserved.add(member_id)
         self._fds_promised += self._fds(config)
+        self._use_image(member_id, identity, config.read_only)
+
+    def _withdraw(self, config: MemberConfig, identity: tuple[int, int] | None) -> None:
+        """Undo `_reserve`, and what came after it, for a member that isn't served."""
+        if config.id in self._slots and self._slots[config.id].serving:
+            return
+        self._slots.pop(config.id, None)
+        self._leave_group(config.id)
+        self._fds_promised -= self._fds(config)
+        self._leave_image(config.id, identity)
+
+    def _open_members(self, configs: Sequence[MemberConfig]) -> list[_native.Member]:
+        opened: list[_native.Member] = []
         try:
-            identity = await self._check_image(config)
-            member = await trio.to_thread.run_sync(self._open_member, config)
-            try:
-                slot = self._make_slot(config, member, path, identity)
-                # before its task starts, so that no event of a first connection is missed
-                self._slots[member_id] = slot
-                self._device.add(member)
-                await self._start(slot)
-            except BaseException:
-                self._slots.pop(member_id, None)
-                self._leave_group(member_id)
-                await _in_thread_shielded(member.close)
-                raise
+            for config in configs:
+                opened.append(self._open_patiently(config))
         except BaseException:
-            self._fds_promised -= self._fds(config)
+            _close_all(opened)
             raise
-        finally:
-            self._reserved.discard(member_id)
-        self._emit("added", member_id, {"type": config.type})
-        log.info("member %d: %s %s at %s", member_id, config.type, config.image, path)
-        return path
+        return opened
+
+    def _open_patiently(self, config: MemberConfig) -> _native.Member:
+        """Open a member.
+
+        Requests that a killed process had in flight go on in the kernel, and hold the image's lock meanwhile: what they
+        write must not come after what is written now.
+        """
+        while True:
+            try:
+                return self._open_member(config)
+            except MemberError as error:
+                if time.monotonic() > self._patient_until or not error.detail.endswith(IN_USE):
+                    raise
+            time.sleep(LOCK_INTERVAL)
 
     def _make_slot(
         self, config: MemberConfig, member: _native.Member, path: Path, identity: tuple[int, int] | None
@@ -710,17 +881,33 @@ class Group:
         with suppress(KeyError):
             self._device.remove(member_id)
 
-    async def _start(self, slot: _Slot) -> None:
-        assert self._nursery is not None
-        try:
-            await self._nursery.start(self._serve, slot)
-        except Exception as raised:
-            error = single(raised)
-            if not isinstance(error, LISTEN_ERRORS):
-                raise
-            path = slot.path if not isinstance(error, OSError) or error.filename is None else error.filename
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            raise MemberError(slot.config.id, f"can't listen on {path}: {reason}") from error
+    async def _start(self, slots: Sequence[_Slot]) -> None:
+        """Have tasks serve them, all started at once; MemberError for the first that can't listen."""
+        errors: list[MemberError] = []
+
+        async def start(slot: _Slot) -> None:
+            assert self._nursery is not None
+            try:
+                await self._nursery.start(self._serve, slot)
+                slot.serving = True
+            except Exception as raised:
+                error = single(raised)
+                if not isinstance(error, LISTEN_ERRORS):
+                    raise
+                path = slot.path if not isinstance(error, OSError) or error.filename is None else error.filename
+                reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+                refused = MemberError(slot.config.id, f"can't listen on {path}: {reason}")
+                refused.__cause__ = error
+                errors.append(refused)
+
+        if len(slots) == 1:
+            await start(slots[0])
+        else:
+            async with trio.open_nursery() as nursery:
+                for slot in slots:
+                    nursery.start_soon(start, slot)
+        if errors:
+            raise min(errors, key=lambda error: error.member_id or 0)
 
     def _listen_functions(self, slot: _Slot) -> None:
         """Have just those functions served that the member has. Raises OSError, NativeError."""
@@ -745,7 +932,7 @@ class Group:
             for kind in [kind for kind in device.functions if kind not in keep]:
                 nursery.start_soon(device.functions.pop(kind).aclose)
 
-    def _open_member(self, config: MemberConfig) -> _native.Member:
+    def _open_member(self, config: MemberConfig, image_fd: int | None = None) -> _native.Member:
         try:
             return _native.Member.blk(
                 self._pool,
@@ -758,7 +945,10 @@ class Group:
                 blk_size=config.blk_size,
                 serial=config.serial,
                 packed=config.packed,
+                in_order=config.in_order,
+                shared=config.shared,
                 vectors=config.vector_count,
+                image_fd=image_fd,
             )
         except (_native.NativeError, ValueError, OSError) as error:
             raise MemberError(config.id, str(error)) from error
@@ -767,21 +957,33 @@ class Group:
 
     async def _open_owner(self, config: OwnerConfig) -> None:
         """Make the owner's device, and serve it if it shall be. Raises GroupError; then there is no trace of it."""
+        await self._prepare_owner(config, None)
+        await self.serve_owner()
+
+    async def _prepare_owner(self, config: OwnerConfig, image_fd: int | None) -> None:
+        """Make the owner's device. Raises GroupError."""
         path = self.run_dir / function_socket_name(OWNER, "owner")
         if config.vfio_user and too_long(path):
             raise GroupError(f"owner: {path} is too long for a Unix socket; use a shorter run directory")
         # nobody can be in its way: it is the first
         identity = await trio.to_thread.run_sync(image_identity, config.image)
         try:
-            member = await trio.to_thread.run_sync(self._make_owner, config)
+            member = await trio.to_thread.run_sync(self._make_owner, config, image_fd)
         except (_native.NativeError, ValueError, OSError) as refused:
             raise GroupError(f"owner: {refused}") from refused
         owner = self._owner = _Owner(member, identity, config)
+        self._use_image(OWNER, identity, config.read_only)
         self._fds_promised += self._fds(config)
         if not config.vfio_user:
             owner.stopped.set()
+
+    async def serve_owner(self) -> None:
+        """Serve the owner as a PCI function, if it shall be and isn't yet. Raises GroupError."""
+        owner = self._owner
+        if owner is None or not owner.config.vfio_user or owner.functions:
             return
         assert self._nursery is not None
+        config, path = owner.config, self.run_dir / function_socket_name(OWNER, "owner")
         try:
             await self._nursery.start(self._serve_owner, owner)
         except Exception as raised:
@@ -792,7 +994,7 @@ class Group:
             raise GroupError(f"owner: can't listen on {path}: {reason}") from error
         log.info("owner: %s %s at %s", config.type, config.image, path)
 
-    def _make_owner(self, config: OwnerConfig) -> _native.Member:
+    def _make_owner(self, config: OwnerConfig, image_fd: int | None) -> _native.Member:
         return _native.Member.owner(
             self._pool,
             self._device,
@@ -803,10 +1005,14 @@ class Group:
             blk_size=config.blk_size,
             serial=config.serial,
             packed=config.packed,
+            in_order=config.in_order,
+            shared=config.shared,
             vectors=config.vector_count,
+            image_fd=image_fd,
         )
 
     async def _serve_owner(self, owner: _Owner, *, task_status: trio.TaskStatus[None]) -> None:
+        owner.scope = trio.CancelScope()
         try:
             with owner.scope:
                 owner.functions["owner"] = self._function_server(owner.member, OWNER, "owner")
@@ -815,6 +1021,75 @@ class Group:
         finally:
             await self._close_functions(owner)
             owner.stopped.set()
+
+    # --- for `upgrade` ------------------------------------------------------------------------------------
+
+    def slot(self, member_id: int) -> _Slot:
+        """What there is of a member. Raises MemberError."""
+        return self._slot(member_id)
+
+    def devices(self) -> list[tuple[int, _Device]]:
+        """The owner, if it has a device, and the members, by number."""
+        owner: list[tuple[int, _Device]] = [] if self._owner is None else [(OWNER, self._owner)]
+        return [*owner, *sorted(self._slots.items())]
+
+    def owner_image_fd(self) -> int | None:
+        """A duplicate of the descriptor of the owner's image."""
+        return None if self._owner is None else self._owner.member.image_fd()
+
+    async def close_functions(self, slot: _Slot) -> None:
+        """Remove a member's vfio-user sockets, and drop their clients."""
+        await self._close_functions(slot)
+
+    def listen_functions(self, slot: _Slot) -> None:
+        """Serve a member's PCI functions again. What can't be is logged."""
+        try:
+            self._listen_functions(slot)
+        except LISTEN_ERRORS as error:
+            log.error("member %d: its PCI functions can't be served: %s", slot.config.id, error)
+
+    async def close_owner_functions(self) -> None:
+        """Remove the owner's vfio-user socket, and drop its client."""
+        if self._owner is not None and self._owner.functions:
+            self._owner.scope.cancel()
+            await self._owner.stopped.wait()
+            self._owner.stopped = trio.Event()
+
+    async def reopen_owner(self) -> None:
+        """The end of `close_owner_functions`. What can't be served is logged."""
+        try:
+            await self.serve_owner()
+        except GroupError as error:
+            log.error("%s", error)
+
+    async def prepare_members(self, batch: Sequence[Kept], images: Mapping[int, int | None]) -> list[_Slot]:
+        """Make members on images that a predecessor has open, without serving them. Raises MemberError."""
+        configs = [kept.config for kept in batch]
+        identities = await trio.to_thread.run_sync(lambda: [image_identity(config.image) for config in configs])
+        for config, identity in zip(configs, identities, strict=True):
+            self._reserve(config, identity)
+        self._reserved.difference_update(config.id for config in configs)
+        members = await trio.to_thread.run_sync(
+            lambda: [self._open_member(config, images.get(config.id)) for config in configs]
+        )
+        slots = []
+        for kept, member, identity in zip(batch, members, identities, strict=True):
+            config = kept.config
+            slot = self._make_slot(config, member, self.run_dir / socket_name(config.id), identity)
+            self._slots[config.id] = slot
+            self._device.add(member)
+            if kept.features is not None:
+                await self._restore_features(config.id, kept.features)
+            slots.append(slot)
+        return slots
+
+    async def start_members(self, slots: Sequence[_Slot]) -> None:
+        """Serve members that were prepared. Raises MemberError."""
+        await self._start(slots)
+
+    def begin_keeping(self, kept: Iterable[Kept]) -> None:
+        """What a predecessor served is on disk already."""
+        self._keeper.begin(kept)
 
     # --- members again ------------------------------------------------------------------------------------
 
@@ -841,6 +1116,7 @@ class Group:
             await self._close_member(slot)
             slot.gone = True
             del self._slots[member_id]
+            self._leave_image(member_id, slot.identity)
             self._traced.discard(member_id)
             for key in [key for key in self._paces if key[1] == member_id]:
                 del self._paces[key]
@@ -848,6 +1124,11 @@ class Group:
             self._fds_promised -= self._fds(slot.config)
         self._emit("deleted", member_id, {})
         log.info("member %d: deleted", member_id)
+        try:
+            await self._keeper.forget(member_id)
+        except OSError as error:
+            reason = f"deleted, but it comes again after a restart: {self._unkept(error)}"
+            raise MemberError(member_id, reason) from error
 
     async def _close_member(self, slot: _Slot) -> None:
         """Let go of the image once the rings have drained; MemberError when they don't within DRAIN_TIMEOUT."""
@@ -894,7 +1175,8 @@ class Group:
                     allowed = f"up to {SERIAL_BYTES} printable ASCII characters"
                     raise MemberError(member_id, f"serial {serial!r} can't be served; allowed: {allowed}")
                 wanted = replace(wanted, serial=serial)
-            identity = await self._check_image(wanted)
+            identity = await trio.to_thread.run_sync(image_identity, wanted.image)
+            self._check_sharing(wanted, identity)
             if size is not None and (size <= 0 or size % wanted.blk_size):
                 allowed = f"a positive multiple of {wanted.blk_size} bytes"
                 raise MemberError(member_id, f"size {size} can't be served; allowed: {allowed}")
@@ -913,8 +1195,12 @@ class Group:
                 if before is not None:
                     await self._assign_features(member_id, before)
                 raise MemberError(member_id, str(error)) from error
+            if size is not None and wanted.image.startswith(("ram:", "null:")):
+                wanted = replace(wanted, image=f"{wanted.image.partition(':')[0]}:{size}")
             slot.config = wanted
+            self._leave_image(member_id, slot.identity)
             slot.identity = identity
+            self._use_image(member_id, identity, wanted.read_only)
             if features is not None:
                 changes["features"] = f"0x{features:x}"
             log.info("member %d: modified: %s", member_id, " ".join(f"{name}={changes[name]}" for name in changes))
@@ -922,10 +1208,16 @@ class Group:
                 await self._change_functions(slot)
             # the native side reports what a driver changes; this change is ours
             self._emit("config", member_id, {})
-            if not tell:
-                return False
-            told = slot.member.config_changed()
-            return bool(slot.server is not None and await slot.server.config_changed()) or told
+            told = False
+            if tell:
+                told = slot.member.config_changed()
+                told = bool(slot.server is not None and await slot.server.config_changed()) or told
+            try:
+                await self._keeper.keep(wanted, slot.member.info()["assigned_features"])
+            except OSError as error:
+                reason = f"modified, but it is as before after a restart: {self._unkept(error)}"
+                raise MemberError(member_id, reason) from error
+            return told
 
     async def _assign_features(self, member_id: int, features: int) -> int:
         """Assign the bits that a member offers; returns those it offered before. Raises MemberError."""
@@ -937,6 +1229,83 @@ class Group:
         except (AdminError, ValueError) as error:
             text = str(error).removeprefix(f"member {member_id}: ")
             raise MemberError(member_id, f"features 0x{features:x} can't be assigned: {text}") from error
+
+    async def _restore_features(self, member_id: int, features: int) -> None:
+        """Assign what a member was assigned before. Raises MemberError."""
+        try:
+            owner = await self.shared_owner()
+            attributes = await owner.device_management_attributes(member_id)
+            possible = features if attributes.features is None else features & attributes.features
+            if possible != features:
+                # bits for legacy drivers, on a member that has none any more
+                text = "member %d: was assigned features 0x%x, of which it has 0x%x"
+                log.warning(text, member_id, features, possible)
+            await owner.assign_features(member_id, possible)
+        except (AdminError, ValueError) as error:
+            text = str(error).removeprefix(f"member {member_id}: ")
+            raise MemberError(member_id, f"features 0x{features:x} can't be assigned: {text}") from error
+
+    async def _after_command(self, readable: bytes) -> None:
+        """Assigned features outlive the process, whoever assigned them. Raises MemberError: not on disk."""
+        if not self.config.feature_management:
+            return
+        command = Command.unpack(readable)
+        if command.opcode == Opcode.DEVICE_MGMT:
+            await self._keep_features([command.group_member_id])
+
+    async def _keep_features(self, member_ids: Iterable[int]) -> None:
+        slots = [slot for member_id in member_ids if (slot := self._slots.get(member_id)) is not None]
+        try:
+            await self._keeper.keep_features(
+                {slot.config.id: slot.member.info()["assigned_features"] for slot in slots}
+            )
+        except OSError as error:
+            reason = f"features are assigned, but forgotten by a restart: {self._unkept(error)}"
+            raise MemberError(slots[0].config.id, reason) from error
+
+    async def _watch_assignments(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep what a guest that drives the owner assigns, until cancelled: nobody tells of its commands."""
+        task_status.started()
+        seen = 0
+        while True:
+            await trio.sleep(ASSIGNMENT_INTERVAL)
+            count = self._device.info()["commands"].get("DEVICE_MGMT", 0)
+            if count == seen:
+                continue
+            seen = count
+            try:
+                await self._keep_features(self.member_ids)
+            except MemberError as error:
+                log.error("%s", error)
+                seen = 0
+
+    async def _open_all(self, restored: state.State, left_behind: bool) -> None:
+        """Serve what the group file says and what was changed since then. Raises GroupError."""
+        path = self.run_dir / state.STATE_FILE
+        members, notes = await trio.to_thread.run_sync(state.merge, restored, self.config, path)
+        for note in notes:
+            log.warning("%s: %s", path, note)
+        if left_behind:
+            self._patient_until = time.monotonic() + LOCK_PATIENCE
+        for start in range(0, len(members), OPEN_BATCH):
+            batch = members[start : start + OPEN_BATCH]
+            try:
+                await self._finish(functools.partial(self._open, batch))
+            except MemberError as error:
+                kept = next((kept for kept in batch if kept.config.id == error.member_id), None)
+                if kept is None or not (
+                    kept.features is not None or kept.config.id in restored.added or kept.config.id in restored.changed
+                ):
+                    raise
+                raise StateError(path, str(error)) from error
+        self._keeper.begin(members)
+        if restored:
+            log.info("%s: %s", path, restored)
+        if notes:
+            try:
+                await self._keeper.save()
+            except OSError as error:
+                raise GroupError(self._unkept(error)) from error
 
     async def _change_functions(self, slot: _Slot) -> None:
         """After `legacy` has changed: serve those functions that the member has now."""
@@ -959,24 +1328,23 @@ class Group:
         except ValueError as error:
             raise MemberError(config.id, str(error)) from None
 
-    async def _check_image(self, config: MemberConfig) -> tuple[int, int] | None:
-        """One writer for each image: MemberError when another member uses it and one of the two would write.
-
-        Returns the image's identity.
-        """
-        identity = await trio.to_thread.run_sync(image_identity, config.image)
-        owner = self._owner
-        shared = owner is not None and identity is not None and owner.identity == identity
-        if shared and owner is not None and not (config.read_only and owner.config.read_only):
-            reason = f"image {config.image} is used by the owner"
-            raise MemberError(config.id, f"{reason}; allowed: one writer, or read-only for all")
-        for other in self._slots.values():
-            if identity is None or other.identity != identity or other.config.id == config.id or other.gone:
-                continue
-            if not (config.read_only and other.config.read_only):
-                reason = f"image {config.image} is used by member {other.config.id}"
+    def _check_sharing(self, config: MemberConfig, identity: tuple[int, int] | None) -> None:
+        """One writer for each image: MemberError when another member uses it and one of the two would write."""
+        users = {} if identity is None else self._image_users.get(identity, {})
+        for user, read_only in users.items():
+            if user != config.id and not (config.read_only and read_only):
+                reason = f"image {config.image} is used by {'the owner' if user == OWNER else _label(user)}"
                 raise MemberError(config.id, f"{reason}; allowed: one writer, or read-only for all")
-        return identity
+
+    def _use_image(self, user: int, identity: tuple[int, int] | None, read_only: bool) -> None:
+        if identity is not None:
+            self._image_users.setdefault(identity, {})[user] = read_only
+
+    def _leave_image(self, user: int, identity: tuple[int, int] | None) -> None:
+        users = {} if identity is None else self._image_users.get(identity, {})
+        users.pop(user, None)
+        if identity is not None and not users:
+            self._image_users.pop(identity, None)
 
     def _check_limits(self, config: MemberConfig) -> None:
         needed = RESERVED_FDS + self._fds(config) + self._fds_promised
@@ -1014,7 +1382,8 @@ class Group:
             with slot.scope:
                 self._listen_functions(slot)
                 if slot.server is not None:
-                    await slot.server.run(task_status=Started())
+                    listener, slot.listener = slot.listener, None
+                    await slot.server.run(listener, task_status=Started())
                 else:
                     await self._serve_daemon(slot, Started())
         except Exception as error:
@@ -1072,6 +1441,8 @@ class Group:
                 self._nursery = nursery
                 await nursery.start(self._tell_held)
                 await nursery.start(self._tell_traces)
+                if self.config.feature_management and self.config.owner is not None and self.config.owner.vfio_user:
+                    await nursery.start(self._watch_assignments)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
@@ -1089,16 +1460,29 @@ class Group:
                 device.member.close()
             except _native.NativeError as error:
                 log.warning("%s: not closed cleanly: %s", _label(member_id), error)
+        # an image is let go of with the last reference to its member, and this group is part of cycles
+        self._slots.clear()
+        self._owner = None
         self._device.close()
 
 
 @asynccontextmanager
 async def open_group(
-    config: GroupConfig, *, run_dir: Path | None = None, engine: Engine = "native"
+    config: GroupConfig,
+    *,
+    run_dir: Path | None = None,
+    engine: Engine = "native",
+    fresh: bool = False,
+    predecessor: TakeOver | None = None,
 ) -> AsyncIterator[Group]:
     """Serve a group's members for as long as the context lasts.
 
-    Raises GroupError (and its kinds RunDirBusyError, MemberError) when it can't be started. On exit and on
+    What a former process in the same run directory was told about members (added, deleted, changed) still holds, unless
+    `fresh` has it forgotten: its `state.json` is renamed to `state.json.old` then.
+
+    `predecessor`: a process that serves the group, and hands it over (`upgrade`).
+
+    Raises GroupError (and its kinds RunDirBusyError, MemberError, StateError) when it can't be started. On exit and on
     cancellation front ends are disconnected, rings drained, images let go of and all sockets removed; this
     takes a bounded time. The run directory is removed if it was made here and is empty.
     """
@@ -1106,20 +1490,70 @@ async def open_group(
         raise GroupError(f"engine {engine!r} is unknown; allowed: {', '.join(ENGINES)}")
     directory = (run_dir or config.run_dir or default_run_dir(config.name)).absolute()
     _raise_fd_limit()
-    claim = await trio.to_thread.run_sync(RunDir.claim, directory)
+    claim: RunDir | None = None
+    left = False
     try:
-        async with _serve_group(config, directory, engine) as group:
-            yield group
+        if predecessor is None:
+            claim = await trio.to_thread.run_sync(RunDir.claim, directory)
+            restored = await trio.to_thread.run_sync(_restore, directory, config.name, fresh)
+            serving = _serve_group(config, directory, engine, restored, claim.left_behind)
+        else:
+            serving = _take_over_group(config, directory, engine, predecessor)
+        async with serving as group:
+            if predecessor is not None:
+                claim = await predecessor.finish(group)
+                await group.serve_owner()
+                group.qmp_fd = predecessor.qmp_listener
+            assert claim is not None
+            group.lock_fd = claim.fd
+            try:
+                yield group
+            finally:
+                left = group.left
     except BaseExceptionGroup as errors:
         # the nurseries in here are nobody's business: one thing went wrong, so one thing is raised
         error = single(errors)
         raise error from error.__cause__
     finally:
-        await _in_thread_shielded(claim.release)
+        if claim is not None:
+            await _in_thread_shielded(claim.leave if left else claim.release)
+
+
+def _restore(directory: Path, name: str, fresh: bool) -> state.State:
+    path = directory / state.STATE_FILE
+    try:
+        if fresh and state.set_aside(directory):
+            log.info("%s: forgotten, kept as %s", path, state.OLD_STATE_FILE)
+        return state.read(directory, name) or state.State()
+    except OSError as error:
+        raise GroupError(f"{path}: {error.strerror or error}") from error
 
 
 @asynccontextmanager
-async def _serve_group(config: GroupConfig, directory: Path, engine: Engine) -> AsyncIterator[Group]:
+async def _serve_group(
+    config: GroupConfig, directory: Path, engine: Engine, restored: state.State, left_behind: bool
+) -> AsyncIterator[Group]:
+    async with _empty_group(config, directory, engine) as group:
+        if config.owner is not None:
+            await group._open_owner(config.owner)
+        await group._open_all(restored, left_behind)
+        yield group
+
+
+@asynccontextmanager
+async def _take_over_group(
+    config: GroupConfig, directory: Path, engine: Engine, predecessor: TakeOver
+) -> AsyncIterator[Group]:
+    await predecessor.begin()
+    async with _empty_group(config, directory, engine) as group:
+        if config.owner is not None:
+            await group._prepare_owner(config.owner, predecessor.owner_image)
+        await predecessor.take(group)
+        yield group
+
+
+@asynccontextmanager
+async def _empty_group(config: GroupConfig, directory: Path, engine: Engine) -> AsyncIterator[Group]:
     pool = await trio.to_thread.run_sync(_native.Pool, config.workers)
     try:
         hub = EventHub(pool)
@@ -1132,10 +1566,6 @@ async def _serve_group(config: GroupConfig, directory: Path, engine: Engine) -> 
                 group = Group(config, directory, engine, pool, hub)
                 async with trio.open_nursery() as inner:
                     await inner.start(group._run)
-                    if config.owner is not None:
-                        await group._open_owner(config.owner)
-                    for member in config.members:
-                        await group.member_add(member)
                     yield group
                     inner.cancel_scope.cancel()
             finally:
@@ -1155,6 +1585,11 @@ async def _in_thread_shielded(function: Callable[[], None]) -> None:
         await trio.to_thread.run_sync(function, abandon_on_cancel=True)
     if scope.cancelled_caught:
         log.error("%s didn't end within %.0f s", getattr(function, "__qualname__", function), CLOSE_TIMEOUT)
+
+
+def _close_all(members: list[_native.Member]) -> None:
+    while members:
+        members.pop().close()
 
 
 def _label(member_id: int) -> str:

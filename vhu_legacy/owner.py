@@ -145,11 +145,16 @@ class OwnerLink:
         device: AdminDevice,
         completions: Completions,
         spawn: Callable[[Callable[[], Awaitable[None]]], None],
+        done: Callable[[bytes], Awaitable[None]] | None = None,
     ) -> None:
-        """`spawn` starts a task that outlives its caller; it may drop it when the group is ending."""
+        """`spawn` starts a task that outlives its caller; it may drop it when the group is ending.
+
+        `done(readable)` is called after each command, before its result is returned.
+        """
         self._device = device
         self._completions = completions
         self._spawn = spawn
+        self._done = done
         self._settling = trio.Lock()
         self._drivers = 0
         self._shared: dict[int, OwnerDriver] = {}
@@ -169,16 +174,23 @@ class OwnerLink:
             except _native.BusyError:
                 await trio.sleep(delay)
                 delay = min(delay * 2, longest)
-        if written is not None:
-            return written
-        try:
-            await self._completions.wait_done(token)
-        except trio.Cancelled:
-            self._device.abandon(token)
-            # its end is told nevertheless, and has to be taken note of by somebody
-            self._spawn(lambda: self._completions.wait_done(token))
-            raise
-        return self._device.result(token)
+        if written is None:
+            try:
+                await self._completions.wait_done(token)
+            except trio.Cancelled:
+                self._device.abandon(token)
+                # its end is told nevertheless, and has to be taken note of by somebody
+                self._spawn(lambda: self._abandoned(token, readable))
+                raise
+            written = self._device.result(token)
+        if self._done is not None:
+            await self._done(readable)
+        return written
+
+    async def _abandoned(self, token: int, readable: bytes) -> None:
+        await self._completions.wait_done(token)
+        if self._done is not None:
+            await self._done(readable)
 
     def used(self, group_type: GroupType) -> frozenset[int]:
         """The opcodes that may be sent now."""

@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import re
+import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -265,8 +266,9 @@ class _Command:
 class Registry:
     """The commands and events of a server, with their types."""
 
-    def __init__(self, version: Version) -> None:
-        self.version = version
+    def __init__(self, version: Version | Callable[[], Version]) -> None:
+        """A version that takes time to find out can be given as a function; it is called when it is asked for."""
+        self._version = version
         self._commands: dict[str, _Command] = {}
         self._events: dict[str, Object] = {}
         version_type = Object({"qemu": Object({"major": INT, "minor": INT, "micro": INT}), "package": STR})
@@ -313,6 +315,12 @@ class Registry:
         The numbers mean nothing and may change with any version; that is why QEMU masks its type names, too.
         """
         return _Schema().build(self._commands, self._events)
+
+    @property
+    def version(self) -> Version:
+        if not isinstance(self._version, Version):
+            self._version = self._version()
+        return self._version
 
     async def _query_version(self) -> object:
         return self.version.as_dict()
@@ -597,6 +605,9 @@ class QMPServer:
     def __init__(self, registry: Registry, path: Path, *, max_clients: int = MAX_CLIENTS) -> None:
         self.registry = registry
         self.path = path
+        self.keep_path: Callable[[], bool] = lambda: False
+        """Asked at the end: whether another process serves the socket, so that it isn't to be removed."""
+        self._listener: socket.socket | None = None
         self._max_clients = max_clients
         self._clients: dict[int, _Client] = {}
         self._accepted = self._refused = self._dropped = 0
@@ -614,12 +625,20 @@ class QMPServer:
             self._events,
         )
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Bind, report `started()` once clients can connect, serve until cancelled, unlink the socket.
+    def listener_fd(self) -> int:
+        """The listening socket's descriptor, which stays ours; -1 before there is one."""
+        return -1 if self._listener is None else self._listener.fileno()
+
+    async def run(
+        self, fd: int | None = None, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Bind (or take over the listening socket `fd`), report `started()` once clients can connect, serve until cancelled, unlink the socket.
 
         Raises OSError when the path can't be bound. Cancellation closes all clients at once.
         """
-        sock = bind_unix(self.path)
+        sock = bind_unix(self.path) if fd is None else socket.socket(fileno=fd)
+        sock.setblocking(False)
+        self._listener = sock
         try:
             status = self.path.lstat()
             identity = (status.st_dev, status.st_ino)
@@ -629,7 +648,8 @@ class QMPServer:
                     await nursery.start(trio.serve_listeners, self._serve, [listener])
                     task_status.started()
             finally:
-                unlink_bound(self.path, identity)
+                if not self.keep_path():
+                    unlink_bound(self.path, identity)
         finally:
             sock.close()
 

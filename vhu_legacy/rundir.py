@@ -191,10 +191,12 @@ def _read_pid(fd: int) -> int | None:
 class RunDir:
     """A run directory that is ours: its lock, and what has to be removed at the end."""
 
-    def __init__(self, path: Path, fd: int, created: bool) -> None:
+    def __init__(self, path: Path, fd: int, created: bool, left_behind: bool = False) -> None:
         self.path = path
         self.fd = fd
         self.created = created
+        self.left_behind = left_behind
+        """Whether the last process that served here was killed."""
 
     @classmethod
     def claim(cls, path: Path) -> RunDir:
@@ -209,6 +211,22 @@ class RunDir:
             claim.release()
             raise
         return claim
+
+    @classmethod
+    def adopt(cls, path: Path, fd: int) -> RunDir:
+        """Take over a directory from another process, whose descriptor of the lock file this is: the lock is that of all
+        who have it. Raises GroupError."""
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            os.close(fd)
+            raise GroupError(f"run directory {path}: {error.strerror or error}") from error
+        return cls(path, fd, path.parent == run_base())
+
+    def leave(self) -> None:
+        """Close our descriptor of the lock file; another process goes on."""
+        os.close(self.fd)
 
     @classmethod
     def _lock(cls, path: Path) -> RunDir:
@@ -227,9 +245,11 @@ class RunDir:
                 with suppress(FileNotFoundError):
                     there = (path / LOCK_FILE).stat()
                     if os.path.samestat(there, os.fstat(fd)):
+                        # an ordered end removes the file
+                        left_behind = there.st_size > 0
                         os.ftruncate(fd, 0)
                         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-                        return cls(path, os.dup(fd), created)
+                        return cls(path, os.dup(fd), created, left_behind)
             finally:
                 os.close(fd)
 
