@@ -80,11 +80,13 @@ class Member:
         shared: bool = False,
         vectors: int | None = None,
         image_fd: int | None = None,
+        poll_us: int = 0,
     ) -> Member:
         """A virtio-blk member. `image` is a path of a raw file, "ram:SIZE" or "null:SIZE" with SIZE in bytes.
 
         packed: packed rings are offered; in_order: IN_ORDER is;
-        shared: other processes may have the image open for writing; vectors: image_fd: an image that a predecessor has open, taken over with its lock; vectors: their MSI-X table size (default queues + 1, 0: no MSI-X).
+        shared: other processes may have the image open for writing; vectors: image_fd: an image that a predecessor has open, taken over with its lock; vectors: their MSI-X table size (default queues + 1, 0: no MSI-X);
+        poll_us: how long an empty queue may be polled, at most (0 to 1000, 0: not at all).
         Raises ImageError, ValueError.
         """
     @staticmethod
@@ -103,6 +105,7 @@ class Member:
         shared: bool = False,
         vectors: int | None = None,
         image_fd: int | None = None,
+        poll_us: int = 0,
     ) -> Member:
         """The owner itself as a virtio-blk device: member 0, with the group's administration virtqueues behind its own.
 
@@ -121,8 +124,8 @@ class Member:
         """Everything there is to know, as plain values; see docs/QMP.md, `query-member`.
 
         What PCI functions add: "front" (None, "vhost-user", "legacy", "transitional", "modern", "owner"), "stopped",
-        "isr", "msix" {enabled, vectors}, "assigned_features", "config_generation". Administration commands are counted
-        by the group: `DeviceGroup.member_commands`.
+        "isr", "msix" {enabled, vectors}, "poll_us", "assigned_features", "config_generation". Administration commands
+        are counted by the group: `DeviceGroup.member_commands`.
         """
     def modify(
         self,

@@ -59,6 +59,7 @@ MAX_WORKERS: Final = 64
 MAX_ADMIN_QUEUES: Final = 64
 MAX_VECTORS: Final = 2048
 """What the table size field of an MSI-X capability can say."""
+MAX_POLL_US: Final = 1000
 MAX_FILE: Final = 4 * 1024 * 1024
 MAX_IMAGE: Final = 1 << 62
 REPORTED_PER_TABLE: Final = 5
@@ -93,6 +94,8 @@ class MemberConfig:
     """MSI-X vectors of its PCI functions, 0 for none; None for one a queue and one more."""
     vfio_user: bool = False
     """Serve it as PCI functions, too: legacy and transitional if `legacy`, and modern."""
+    poll_us: int = 0
+    """How long an empty queue may be polled, at most; 0: not at all."""
 
     @property
     def vector_count(self) -> int:
@@ -341,6 +344,7 @@ _MEMBER_KEYS: Final = (
     "blk_size",
     "serial",
     "vfio_user",
+    "poll_us",
 )
 _TABLES: Final = ("group", "owner", "members")
 
@@ -700,6 +704,7 @@ class _Checker:
         vectors = self._vectors(table, vfio_user)
         blk_size = table.one_of("blk_size", SECTOR, BLK_SIZES)
         serial = table.string("serial", _SERIAL_ALLOWED) or ""
+        poll_us = table.integer("poll_us", 0, 0, MAX_POLL_US) or 0
         image = table.string("image", _IMAGE_ALLOWED)
         if "image" not in table.values and kind is not None:
             table.missing("image", _IMAGE_ALLOWED)
@@ -718,6 +723,7 @@ class _Checker:
             shared,
             vectors,
             vfio_user,
+            poll_us,
         )
         failed = 0
         for member_id in ids:

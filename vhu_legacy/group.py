@@ -738,6 +738,8 @@ class Group:
         cancellation.
         """
         if self._nursery is None or self.stopping.is_set():
+            # who is cancelled together with the group is told that, and nothing else
+            await trio.lowlevel.checkpoint_if_cancelled()
             raise GroupError("the group is stopping")
         if self.handing_over:
             raise GroupError("a new process is taking over the group; try again in a moment")
@@ -757,6 +759,7 @@ class Group:
         self._nursery.start_soon(run)
         await done.wait()
         if not results:
+            await trio.lowlevel.checkpoint_if_cancelled()
             raise GroupError("the group is stopping")
         # not kept in a variable: an error's traceback refers to this frame, and that would keep all that is in it
         return results.pop().unwrap()
@@ -949,6 +952,7 @@ class Group:
                 shared=config.shared,
                 vectors=config.vector_count,
                 image_fd=image_fd,
+                poll_us=config.poll_us,
             )
         except (_native.NativeError, ValueError, OSError) as error:
             raise MemberError(config.id, str(error)) from error

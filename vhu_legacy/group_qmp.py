@@ -200,6 +200,7 @@ DEVICE: Final[Mapping[str, Type]] = {
     "status": BITS,
     "isr": INT,
     "msix": Object({"enabled": BOOL, "vectors": INT}),
+    "poll-us": INT,
     "queues": Array(QUEUE),
     "memory": Array(Object({"guest-address": INT, "size": INT, "user-address": INT, "mmap-offset": INT})),
     "config": ANY,
@@ -357,6 +358,7 @@ MEMBER_ADD: Final = Object(
         "*blk-size": INT,
         "*serial": STR,
         "*vfio-user": BOOL,
+        "*poll-us": INT,
     }
 )
 

@@ -16,6 +16,7 @@ pub mod member;
 pub mod memory;
 pub mod owner;
 pub mod pci;
+pub mod poll;
 pub mod remote;
 pub mod ring;
 pub mod runner;

@@ -12,6 +12,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicU8, AtomicUsize, Ordering};
@@ -633,11 +634,6 @@ impl MemoryMap {
         self.guest_range(byte.0.as_ptr() as u64, 1, ranges);
     }
 
-    /// The guest addresses of a ring area.
-    pub fn guest_area(&self, area: &HostArea, ranges: &mut Vec<(u64, u64)>) {
-        self.guest_range(area.ptr.as_ptr() as u64, area.len as u64, ranges);
-    }
-
     fn guest_range(&self, host: u64, len: u64, ranges: &mut Vec<(u64, u64)>) {
         // Buffers are cut at the ends of regions, so the start says where all of it is. Where two regions map the same
         // part of a file through one mapping (a guest's aliases of its low memory), it is dirty in both.
@@ -711,6 +707,40 @@ impl MemoryMap {
         self.area(region, guest - region.guest, len)
     }
 
+    /// As `area_by_guest`, without a share in the map: an indirect table is looked at for a moment only, and to count
+    /// references would cost each request two locked operations on a line that all workers share.
+    #[inline]
+    pub fn table_by_guest(&self, guest: u64, len: u64, hint: &mut usize) -> Option<Table<'_>> {
+        let region = self.find(guest, hint)?;
+        let skip = guest - region.guest;
+        if len > region.size - skip {
+            return None;
+        }
+        // SAFETY: skip + len <= region.size.
+        let ptr = unsafe { region.host.add(usize::try_from(skip).ok()?) };
+        Some(Table {
+            ptr,
+            len: usize::try_from(len).ok()?,
+            _map: PhantomData,
+        })
+    }
+
+    /// Asks the CPU to fetch what a guest address names, because it will be read soon. Nothing happens when it isn't memory.
+    #[inline]
+    pub fn prefetch(&self, guest: u64, hint: &mut usize) {
+        if let Some(region) = self.find(guest, hint) {
+            // SAFETY: inside the region, as `find` says.
+            let ptr = unsafe { region.host.add((guest - region.guest) as usize) };
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: every x86-64 CPU has the instruction, and it never faults.
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(ptr.as_ptr().cast());
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            let _ = ptr;
+        }
+    }
+
     fn area(self: &Arc<Self>, region: &Region, skip: u64, len: u64) -> Option<HostArea> {
         // skip < region.size is the callers' find; the subtraction can't wrap.
         if len > region.size - skip {
@@ -721,8 +751,36 @@ impl MemoryMap {
         Some(HostArea {
             ptr,
             len: usize::try_from(len).ok()?,
-            _keep: Arc::clone(self),
+            keep: Arc::clone(self),
         })
+    }
+}
+
+/// A piece of guest memory to be read as long as its map is at hand. Accesses are checked against its length.
+pub struct Table<'a> {
+    ptr: NonNull<u8>,
+    len: usize,
+    _map: PhantomData<&'a MemoryMap>,
+}
+
+impl Table<'_> {
+    /// As [`HostArea::is_aligned`].
+    #[inline]
+    pub fn is_aligned(&self, align: usize) -> bool {
+        (self.ptr.as_ptr() as usize).is_multiple_of(align)
+    }
+
+    /// The 64-bit little-endian value at `offset`, read once. The table must be 8-aligned.
+    #[inline]
+    pub fn load_u64(&self, offset: usize) -> u64 {
+        assert!(
+            offset + size_of::<u64>() <= self.len && self.is_aligned(size_of::<u64>()),
+            "access at {offset} of a table of {}",
+            self.len
+        );
+        // SAFETY: inside the table and aligned, just checked; the map that keeps the memory is borrowed.
+        let field = unsafe { AtomicU64::from_ptr(self.ptr.as_ptr().add(offset).cast()) };
+        u64::from_le(field.load(Ordering::Relaxed))
     }
 }
 
@@ -730,10 +788,10 @@ impl MemoryMap {
 pub struct HostArea {
     ptr: NonNull<u8>,
     len: usize,
-    _keep: Arc<MemoryMap>,
+    keep: Arc<MemoryMap>,
 }
 
-// SAFETY: the memory is kept by `_keep` and accessed by atomics or raw copies, never borrowed as a slice; another process
+// SAFETY: the memory is kept by `keep` and accessed by atomics or raw copies, never borrowed as a slice; another process
 // accesses it at the same time anyway.
 unsafe impl Send for HostArea {}
 // SAFETY: as above.
@@ -795,18 +853,23 @@ impl HostArea {
             // SAFETY: offset <= end <= len.
             ptr: unsafe { self.ptr.add(offset) },
             len,
-            _keep: Arc::clone(&self._keep),
+            keep: Arc::clone(&self.keep),
         })
     }
 
     /// Whether the memory was taken away by its owner.
     pub fn lost(&self) -> bool {
-        self._keep.lost()
+        self.keep.lost()
+    }
+
+    /// Its guest addresses, in the map that it was found in. For dirty logging.
+    pub fn guest_ranges(&self, ranges: &mut Vec<(u64, u64)>) {
+        self.keep.guest_range(self.ptr.as_ptr() as u64, self.len as u64, ranges);
     }
 
     /// The map that it was cut from.
     pub fn map(&self) -> &Arc<MemoryMap> {
-        &self._keep
+        &self.keep
     }
 
     /// The 16-bit field at `offset`.

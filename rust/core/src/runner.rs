@@ -16,6 +16,7 @@ use crate::dirty::DirtyLog;
 use crate::error::Fault;
 use crate::event::Waker;
 use crate::memory::{HostArea, MemoryMap};
+use crate::poll::Polling;
 use crate::ring::any::Ring;
 use crate::ring::split::{AddressSpace, RingAddresses};
 use crate::ring::{feature, RingFeatures, MAX_QUEUE_SIZE};
@@ -28,6 +29,13 @@ use crate::uring::Uring;
 pub const BATCH: u16 = 8;
 /// How long to look at an empty ring before going to sleep.
 const LOOK: Duration = Duration::from_micros(16);
+/// Passes after an interrupt in which each request that ends at once is shown to the driver at once, and not with the rest
+/// of its batch. Whether to interrupt is still decided once for the batch.
+///
+/// A driver that sleeps when it finds nothing is faster than its device: with a batch shown at a time it sleeps after
+/// each, and to wake it costs both sides more than the batch. So there is always something for it to find. One that polls
+/// only pays for it, with its cache lines going back and forth (docs/PERFORMANCE.md).
+const EAGER: u32 = 64;
 /// Vain looks in a row after which it is left.
 const PATIENCE: u32 = 4;
 /// Passes after which it is tried again.
@@ -160,7 +168,7 @@ struct Turn {
 
 /// A memory map that was replaced while requests pointed into it.
 struct Retired {
-    _map: Arc<MemoryMap>,
+    map: Arc<MemoryMap>,
     generation: u64,
     requests: usize,
 }
@@ -204,12 +212,20 @@ pub struct Runner {
     in_flight: usize,
     /// Used elements pushed since the last `publish`.
     pushed: u64,
+    /// Some of them have been made visible already.
+    shown: bool,
+    /// Passes in which used elements are still shown one by one, see [`EAGER`].
+    eager: u32,
+    /// Whether to go on looking at the ring when it is empty.
+    polling: Polling,
     /// Vain looks (see `look_again`) that are still allowed.
     patience: u32,
     /// Times it was not looked since.
     skipped: u32,
     /// The ring's areas are not in the memory map at the moment.
     suspended: bool,
+    /// Nothing new is taken any more, only what an earlier process had in flight.
+    closing: bool,
     /// Requests not used yet, in the order of the ring; None: they are used as they end.
     turns: Option<VecDeque<Turn>>,
     /// Pages that are written are marked here.
@@ -263,9 +279,13 @@ impl Runner {
             size: setup.size,
             in_flight: 0,
             pushed: 0,
+            shown: false,
+            eager: 0,
+            polling: Polling::default(),
             patience: PATIENCE,
             skipped: 0,
             suspended: false,
+            closing: false,
             turns: setup.ordered.then(VecDeque::new),
             log: None,
             ring_writes: Vec::new(),
@@ -300,6 +320,11 @@ impl Runner {
         self.wakers = Some(wakers);
     }
 
+    /// Has the ring looked at for up to this long when it is empty, if that seems to pay (see [`Polling`]).
+    pub fn set_poll(&mut self, bound: Duration) {
+        self.polling = Polling::new(bound);
+    }
+
     /// The user data of a slot of the queue with this number.
     pub fn user_data(number: usize, slot: u16) -> u64 {
         (number as u64) << 16 | u64::from(slot)
@@ -330,8 +355,33 @@ impl Runner {
         self.suspended
     }
 
+    /// The ring is going to stop. What an earlier process had in flight is in flight still: only then does a position say
+    /// where to go on.
+    pub fn close(&mut self) {
+        self.closing = true;
+    }
+
+    /// Requests that an earlier process had in flight and that weren't taken again yet.
+    pub fn unfinished(&self) -> usize {
+        self.ring.unfinished()
+    }
+
+    /// An earlier process may have been killed between making used elements visible and the interrupt for them. One too
+    /// many does no harm, where it isn't to be seen in a register.
+    pub fn remind(&mut self, uring: &mut Uring) {
+        if self.call.isr.is_none() && self.ring.has_history() {
+            self.signal(uring);
+        }
+    }
+
     fn note_positions(&self) {
-        self.stats.position.store(self.ring.position(), Ordering::Relaxed);
+        // What waits behind a request that was given up is done, but not used: it is for whoever goes on.
+        let position = if self.in_flight == 0 && self.held() > 0 {
+            self.ring.used_position()
+        } else {
+            self.ring.position()
+        };
+        self.stats.position.store(position, Ordering::Relaxed);
         self.stats.last_avail.store(self.ring.next_avail(), Ordering::Relaxed);
         self.stats.used_idx.store(self.ring.used_idx(), Ordering::Relaxed);
         self.stats
@@ -372,7 +422,7 @@ impl Runner {
                 return Err(Fault::new("memory.churn", reason).on_queue(self.index));
             }
             self.retired.push(Retired {
-                _map: Arc::clone(&self.map),
+                map: Arc::clone(&self.map),
                 generation: self.generation,
                 requests: self.current,
             });
@@ -387,18 +437,25 @@ impl Runner {
 
     /// Keeps a log of the pages written from now on, or no more.
     pub fn set_log(&mut self, log: Option<Arc<DirtyLog>>) {
-        self.log = log;
+        let before = std::mem::replace(&mut self.log, log).is_some();
         self.note_ring_writes();
-        if self.log.is_none() {
+        // A log in the place of another: what requests in flight may write is known from the start, and a part that is
+        // written already was in neither log.
+        if self.log.is_none() || before {
             return;
         }
         // What is in flight already. Buffers that were done with before are in the guest's memory, which the front end
         // copies as a whole after this.
         for slot in &mut self.slots {
+            let retired = self
+                .retired
+                .iter()
+                .find(|retired| retired.generation == slot.generation);
+            let map = retired.map_or(&self.map, |retired| &retired.map);
             slot.writes.clear();
-            self.map.guest_ranges(&slot.request.chain.writable, &mut slot.writes);
+            map.guest_ranges(&slot.request.chain.writable, &mut slot.writes);
             if let Some(status) = &slot.request.scratch.status {
-                self.map.guest_byte(status, &mut slot.writes);
+                map.guest_byte(status, &mut slot.writes);
             }
         }
     }
@@ -406,7 +463,7 @@ impl Runner {
     fn note_ring_writes(&mut self) {
         self.ring_writes.clear();
         if self.log.is_some() {
-            self.ring.written_areas(&self.map, &mut self.ring_writes);
+            self.ring.written_areas(&mut self.ring_writes);
             // Whoever had the ring before may have left something unmarked: its last event fields.
             self.log_ring();
         }
@@ -450,6 +507,19 @@ impl Runner {
         self.ring.disable_notification();
     }
 
+    /// Whether the ring is to be looked at again, without asking the driver to notify. `alone`: nobody else waits.
+    ///
+    /// Polling waits in the worker's turns, so everybody else gets theirs; while there is no window to wait for, it is the
+    /// bounded look that comes first, as for everybody.
+    #[inline]
+    pub fn keep_looking(&mut self, alone: bool) -> bool {
+        if !self.polling.is_on() {
+            return alone && self.look_again();
+        }
+        let work = self.ring.has_work() && self.held() < self.limit();
+        work || self.polling.empty(Instant::now()) || (alone && self.look_again())
+    }
+
     /// Looks at the ring a moment longer before the driver is asked to notify again.
     ///
     /// Going to sleep and being woken costs a worker as much CPU as this look, and the driver a kick and some 20 us; one
@@ -460,6 +530,10 @@ impl Runner {
     pub fn look_again(&mut self) -> bool {
         if self.in_flight > 0 {
             return false;
+        }
+        if self.ring.has_work() {
+            // Not idle: nothing to be learned from.
+            return true;
         }
         if self.patience == 0 {
             self.skipped += 1;
@@ -514,7 +588,12 @@ impl Runner {
         if self.serial && self.in_flight > 0 {
             return Ok(0);
         }
-        let count = self.ring.available()?.min(BATCH);
+        let count = if self.closing {
+            self.ring.unfinished() as u16
+        } else {
+            self.ring.available()?
+        };
+        let count = count.min(BATCH);
         let mut taken = 0;
         let mut bytes = 0;
         // One long copy at a time: it is made in pieces, and each piece is everybody's waiting time.
@@ -551,6 +630,10 @@ impl Runner {
             if self.log.is_some() {
                 writes.clear();
                 self.map.guest_ranges(&request.chain.writable, writes);
+            }
+            // Taken, and not only there: a driver with too much in flight must not be waited for without bound.
+            if self.polling.was_empty() {
+                self.polling.work(Instant::now());
             }
             taken += 1;
             bytes += request.chain.readable.len() + request.chain.writable.len();
@@ -605,6 +688,9 @@ impl Runner {
                     self.free.push(slot);
                     return Err(fault);
                 }
+            }
+            if self.eager > 0 {
+                self.shown |= self.ring.publish();
             }
         }
         Ok(taken)
@@ -717,14 +803,16 @@ impl Runner {
     /// As `publish`, but leaves the interrupt to the caller; true when the driver wants one.
     #[inline]
     pub fn publish_quietly(&mut self) -> bool {
-        let published = self.ring.publish();
+        let published = self.ring.publish() | std::mem::take(&mut self.shown);
         if published {
             self.log_ring();
             QueueStats::bump(&self.stats.requests, self.pushed);
             self.pushed = 0;
         }
         self.note_positions();
-        published && self.ring.should_signal(self.in_flight)
+        let signal = published && self.ring.should_signal(self.in_flight);
+        self.eager = if signal { EAGER } else { self.eager.saturating_sub(1) };
+        signal
     }
 
     /// A free slot, made if there are fewer than the ring has entries.

@@ -546,7 +546,12 @@ impl Queue {
     }
 
     fn may_take(&self) -> bool {
-        self.enabled && self.stopping.is_empty() && !self.runner.suspended() && !self.owner.is_broken()
+        let wanted = if self.stopping.is_empty() {
+            self.enabled
+        } else {
+            self.runner.unfinished() > 0
+        };
+        wanted && !self.runner.suspended() && !self.owner.is_broken()
     }
 }
 
@@ -941,7 +946,7 @@ impl Worker {
         if let Some(fault) = queue.runner.lost() {
             queue.owner.break_it(fault);
         }
-        if queue.ending(quit) && queue.runner.in_flight() == 0 {
+        if queue.ending(quit) && queue.runner.in_flight() == 0 && !queue.may_take() {
             if queue.runner.idle() {
                 self.end(index);
             } else if !queue.lingering {
@@ -983,7 +988,7 @@ impl Worker {
         let more = queue.may_take() && {
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 Ok(u16::from(
-                    (alone && queue.runner.look_again()) || queue.runner.enable_notification(),
+                    queue.runner.keep_looking(alone) || queue.runner.enable_notification(),
                 ))
             }));
             Self::judge(queue, outcome) == 1
@@ -1034,7 +1039,9 @@ impl Worker {
             Command::Stop(key, done) => {
                 if let Some((index, queue)) = self.queue(key) {
                     queue.stopping.push(done);
+                    queue.runner.close();
                     self.touch(index);
+                    self.wake_queue(index);
                 }
             }
             Command::Enable(key, on, _done) => {
@@ -1135,6 +1142,7 @@ impl Worker {
         }
         start.runner.set_tag(index);
         start.runner.set_wakers(self.wakers(key));
+        start.runner.remind(&mut self.uring);
         self.keys.insert(key, index);
         self.queues[index] = Some(Box::new(Queue {
             key,

@@ -37,6 +37,10 @@ struct Bed {
 }
 
 fn device(pool: &Arc<Pool>, id: u32, queues: u16) -> Arc<Member> {
+    polled(pool, id, queues, Duration::ZERO)
+}
+
+fn polled(pool: &Arc<Pool>, id: u32, queues: u16, poll: Duration) -> Arc<Member> {
     let options = BlkOptions {
         queues,
         queue_size: 64,
@@ -50,6 +54,7 @@ fn device(pool: &Arc<Pool>, id: u32, queues: u16) -> Arc<Member> {
         Arc::new(blk),
         MemberOptions {
             legacy: true,
+            poll,
             ..MemberOptions::default()
         },
     )
@@ -185,6 +190,114 @@ fn a_ring_runs_stops_and_goes_on() {
         .unwrap();
     bed.used(6);
     assert_eq!(bed.stop(), 6);
+}
+
+/// Wake-ups and turns of all workers.
+fn effort(pool: &Pool) -> (u64, u64) {
+    pool.statistics()
+        .iter()
+        .fold((0, 0), |(w, t), one| (w + one.wakeups, t + one.turns))
+}
+
+#[test]
+fn a_polled_ring_needs_no_kick_and_an_idle_one_costs_nothing() {
+    let mut bed = Bed::new();
+    let pool = Arc::new(Pool::new(Some(1)).unwrap());
+    let bound = Duration::from_millis(1);
+    // More than the bound is not possible.
+    bed.member = polled(&pool, 1, 1, 1000 * bound);
+    assert_eq!(bed.member.poll(), bound);
+    bed.pool = pool;
+    bed.member.attach().unwrap();
+    bed.start();
+    let mut n = 0;
+    let mut request = |bed: &mut Bed, kick: bool| {
+        n += 1;
+        bed.offer_read(0);
+        if kick {
+            bed.kick();
+        }
+        let deadline = Instant::now() + Duration::from_millis(if kick { 10_000 } else { 5 });
+        // Spinning: the next one has to come within the bound.
+        while bed.ring.used_idx(&bed.guest) != n {
+            if Instant::now() > deadline {
+                bed.kick();
+                bed.used(n);
+                return false;
+            }
+            std::hint::spin_loop();
+        }
+        true
+    };
+    // A driver that thinks longer than the look before sleeping lasts. Its requests are met without kicks because the
+    // worker looks; a busy machine may keep either side away for longer than the bound, so not each time.
+    let (mut met, deadline) = (0, Instant::now() + PATIENCE);
+    while met < 3 {
+        assert!(Instant::now() < deadline, "{met} found without a kick");
+        request(&mut bed, true);
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_micros(100) {
+            std::hint::spin_loop();
+        }
+        met += u32::from(request(&mut bed, false));
+    }
+    // Once the window has passed nothing moves any more.
+    std::thread::sleep(Duration::from_millis(50));
+    let before = effort(&bed.pool);
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(effort(&bed.pool), before, "an idle queue is polled");
+    // Kicks without work don't bring it back, and a request in a while is not worth waiting for.
+    for _ in 0..5 {
+        bed.kick();
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(effort(&bed.pool).1 - before.1 < 100, "kicks for nothing are polled for");
+    for _ in 0..3 {
+        request(&mut bed, true);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let before = effort(&bed.pool);
+    for _ in 0..5 {
+        request(&mut bed, true);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let turns = effort(&bed.pool).1 - before.1;
+    assert!(turns < 100, "{turns} turns for 5 requests, 10 ms apart");
+    bed.stop();
+}
+
+#[test]
+fn polling_holds_up_nobody() {
+    let mut bed = Bed::new();
+    let pool = Arc::new(Pool::new(Some(1)).unwrap());
+    bed.member = polled(&pool, 1, 1, Duration::from_millis(1));
+    bed.member.attach().unwrap();
+    let mut other = Bed {
+        member: device(&pool, 2, 1),
+        pool: Arc::clone(&pool),
+        ..Bed::new()
+    };
+    other.member.attach().unwrap();
+    bed.pool = pool;
+    bed.start();
+    other.start();
+    for n in 1..=200u16 {
+        bed.offer_read(0);
+        bed.kick();
+        bed.used(n);
+        // Served, stopped and started again while the first is being looked at.
+        other.offer_read(0);
+        other.kick();
+        other.used(n);
+        if n % 50 == 0 {
+            let token = other.member.enable_queue(0, false).unwrap();
+            other.wait(token);
+            let token = other.member.enable_queue(0, true).unwrap();
+            other.wait(token);
+        }
+    }
+    assert_eq!(other.stop(), 200);
+    assert_eq!(bed.stop(), 200);
 }
 
 #[test]

@@ -17,9 +17,9 @@ use vhu_core::device::{ConfigField, Device, IoOp, QueueContext, Request, Step};
 use vhu_core::error::Fault;
 use vhu_core::event::Event;
 use vhu_core::member::{Inflight, Member, MemberOptions};
-use vhu_core::memory::MemoryMap;
-use vhu_core::ring::inflight;
+use vhu_core::memory::{HostArea, MemoryMap};
 use vhu_core::ring::split::RingAddresses;
+use vhu_core::ring::{feature, inflight};
 use vhu_core::sys::{self, PeerFd};
 use vhu_core::worker::Pool;
 
@@ -143,6 +143,12 @@ impl Bed {
     }
 
     fn start(&mut self) {
+        self.start_with(|_| {});
+    }
+
+    /// `record`: what an earlier process may have left.
+    fn start_with(&mut self, record: impl FnOnce(&HostArea)) {
+        let left = record;
         let fd = peer(&self.guest.file);
         let region = self.pool.mappings().region(&fd, BASE, SIZE, BASE + USER, 0).unwrap();
         let token = self.member.add_memory(region).unwrap();
@@ -152,7 +158,9 @@ impl Bed {
         let fd = PeerFd::from(sys::shared_memory("inflight", size).unwrap());
         let record = self.pool.mappings().region(&fd, 0, size, 0, 0).unwrap();
         let map = Arc::new(MemoryMap::default().with(record).unwrap());
-        let record = Inflight::new(map.area_by_guest(0, size).unwrap(), self.rings.len() as u16).unwrap();
+        let area = map.area_by_guest(0, size).unwrap();
+        left(&area);
+        let record = Inflight::new(area, self.rings.len() as u16).unwrap();
         self.member.set_inflight(record).unwrap();
         for (index, ring) in self.rings.iter().enumerate() {
             let index = index as u64;
@@ -425,4 +433,61 @@ fn memory_may_change_under_a_steady_load() {
     }
     assert!(bed.broken.is_empty());
     bed.answer(1);
+}
+
+#[test]
+fn a_ring_that_has_used_something_interrupts_when_it_starts() {
+    let mut bed = Bed::new(1, 16);
+    bed.start();
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(!sys::eventfd_drain(bed.call.as_raw_fd()), "a new one doesn't");
+    bed.offer(0, 1);
+    bed.answer(1);
+    bed.until("its interrupt", |bed| sys::eventfd_drain(bed.call.as_raw_fd()));
+    let token = bed.member.stop_queue(0).unwrap().unwrap();
+    bed.done(token);
+    bed.member.collect();
+    sys::eventfd_drain(bed.call.as_raw_fd());
+    // Had it been killed, the interrupt could be missing, and the guest would wait for ever.
+    bed.member
+        .set_queue_call(0, Some(bed.call.try_clone().unwrap()))
+        .unwrap();
+    bed.member
+        .set_queue_kick(0, Some(bed.kicks[0].try_clone().unwrap()))
+        .unwrap();
+    bed.until("an interrupt", |bed| sys::eventfd_drain(bed.call.as_raw_fd()));
+}
+
+#[test]
+fn stopping_ends_what_an_earlier_process_had_in_flight() {
+    let mut bed = Bed::new(1, 16);
+    let features = feature::PROTOCOL_FEATURES;
+    bed.member.set_features(features, features).unwrap();
+    // Made available by the driver: six. Taken by the earlier process: five, of which the second was used.
+    for _ in 0..6 {
+        bed.offer(0, 1);
+    }
+    let used = bed.rings[0].addresses.device;
+    bed.guest.write(used + 4, &1u32.to_le_bytes());
+    bed.guest.write(used + 2, &1u16.to_le_bytes());
+    bed.start_with(|area| {
+        let part = || area.part(0, area.len()).unwrap();
+        let (mut tracker, again) = inflight::SplitTracker::recover(part(), 16, 0).unwrap();
+        assert!(again.is_none());
+        (0..5).for_each(|head| tracker.taken(head));
+        tracker.used(1);
+    });
+    // It isn't enabled, and the front end wants to know where it stands: to move the guest elsewhere, without the record.
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(bed.used(0), 1);
+    let token = bed.member.stop_queue(0).unwrap().unwrap();
+    bed.in_flight(4);
+    assert!(!bed.ended.contains(&token), "they are in flight");
+    bed.answer(4);
+    bed.done(token);
+    bed.member.collect();
+    assert_eq!(bed.used(0), 5);
+    let heads: Vec<u32> = (1..5).map(|index| bed.rings[0].used(&bed.guest, index).0).collect();
+    assert_eq!(HashSet::from([0, 2, 3, 4]), heads.into_iter().collect());
+    assert_eq!(bed.member.queue_base(0).unwrap(), 5, "the sixth is for whoever is next");
 }

@@ -183,6 +183,7 @@ pub fn info<'py>(py: Python<'py>, member: &vhu_core::member::Member) -> PyResult
     msix.set_item("enabled", info.msix_enabled)?;
     msix.set_item("vectors", member.vectors())?;
     dict.set_item("msix", msix)?;
+    dict.set_item("poll_us", member.poll().as_micros())?;
     dict.set_item("assigned_features", info.assigned)?;
     dict.set_item("config_generation", info.config_generation)?;
     dict.set_item("memory", memory)?;

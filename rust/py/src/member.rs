@@ -3,6 +3,7 @@
 
 use std::os::fd::{IntoRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -11,6 +12,7 @@ use vhu_core::device::blk::{Blk, BlkOptions};
 use vhu_core::device::image::{Image, SECTOR};
 use vhu_core::error::Error;
 use vhu_core::member::{self, AdminQueues, MemberOptions};
+use vhu_core::poll::MAX_POLL;
 use vhu_core::sys;
 
 use crate::convert;
@@ -57,10 +59,22 @@ fn check_vectors(vectors: u16) -> PyResult<u16> {
     }
 }
 
+fn check_poll(poll_us: u32) -> PyResult<Duration> {
+    let poll = Duration::from_micros(poll_us.into());
+    if poll <= MAX_POLL {
+        Ok(poll)
+    } else {
+        Err(PyValueError::new_err(format!(
+            "poll_us = {poll_us}; 0 to {} are possible",
+            MAX_POLL.as_micros()
+        )))
+    }
+}
+
 #[pymethods]
 impl Member {
     #[staticmethod]
-    #[pyo3(signature = (pool, id, image, *, read_only=false, queues=1, queue_size=256, legacy=true, blk_size=512, serial="", packed=false, in_order=false, shared=false, vectors=None, image_fd=None))]
+    #[pyo3(signature = (pool, id, image, *, read_only=false, queues=1, queue_size=256, legacy=true, blk_size=512, serial="", packed=false, in_order=false, shared=false, vectors=None, image_fd=None, poll_us=0))]
     #[allow(clippy::too_many_arguments)]
     fn blk(
         py: Python<'_>,
@@ -78,6 +92,7 @@ impl Member {
         shared: bool,
         vectors: Option<u16>,
         image_fd: Option<RawFd>,
+        poll_us: u32,
     ) -> PyResult<Self> {
         let options = BlkOptions {
             queues,
@@ -93,6 +108,7 @@ impl Member {
             in_order,
             vectors: check_vectors(vectors.unwrap_or(queues + 1))?,
             admin: None,
+            poll: check_poll(poll_us)?,
         };
         Ok(Self {
             inner: member::Member::new(Arc::clone(&pool.inner), id, device, options),
@@ -102,7 +118,7 @@ impl Member {
 
     /// The owner itself: member 0, with administration virtqueues behind its own.
     #[staticmethod]
-    #[pyo3(signature = (pool, group, image, *, read_only=false, queues=1, queue_size=256, blk_size=512, serial="", packed=false, in_order=false, shared=false, vectors=None, image_fd=None))]
+    #[pyo3(signature = (pool, group, image, *, read_only=false, queues=1, queue_size=256, blk_size=512, serial="", packed=false, in_order=false, shared=false, vectors=None, image_fd=None, poll_us=0))]
     #[allow(clippy::too_many_arguments)]
     fn owner(
         py: Python<'_>,
@@ -119,6 +135,7 @@ impl Member {
         shared: bool,
         vectors: Option<u16>,
         image_fd: Option<RawFd>,
+        poll_us: u32,
     ) -> PyResult<Self> {
         let options = BlkOptions {
             queues,
@@ -138,6 +155,7 @@ impl Member {
                 device: group.inner.function_device(),
                 count,
             }),
+            poll: check_poll(poll_us)?,
         };
         let inner = member::Member::new(Arc::clone(&pool.inner), 0, device, options);
         let weak = Arc::downgrade(&group.inner);

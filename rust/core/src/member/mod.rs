@@ -16,12 +16,14 @@ pub mod parts;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use crate::device::Device;
 use crate::dirty::DirtyLog;
 use crate::error::{Error, Fault, Result};
 use crate::event::{Completion, Event};
 use crate::memory::{HostArea, MemoryMap, Region};
+use crate::poll::MAX_POLL;
 use crate::remote::{RemoteRunner, RemoteStart};
 use crate::ring::any::{self, fresh_position};
 use crate::ring::inflight;
@@ -424,6 +426,7 @@ pub struct Member {
     packed: bool,
     in_order: bool,
     vectors: u16,
+    poll: Duration,
     admin: Option<AdminQueues>,
     on_reset: OnceLock<Box<dyn Fn() + Send + Sync>>,
     registers: Mutex<Registers>,
@@ -451,6 +454,8 @@ pub struct MemberOptions {
     pub vectors: u16,
     /// It is an owner, with these.
     pub admin: Option<AdminQueues>,
+    /// How long its queues may be polled when they are empty, at most ([`Polling`](crate::poll::Polling)); 0: not at all.
+    pub poll: Duration,
 }
 
 /// A place in a file of the front end's: bytes, offset, and the region that maps it.
@@ -572,6 +577,7 @@ impl Member {
             packed: options.packed,
             in_order: options.in_order,
             vectors: options.vectors,
+            poll: options.poll.min(MAX_POLL),
             admin: options.admin,
             on_reset: OnceLock::new(),
             registers: Mutex::new(Registers {
@@ -1179,6 +1185,11 @@ impl Member {
             .unwrap_or_default()
     }
 
+    /// How long its queues may be polled when they are empty.
+    pub fn poll(&self) -> Duration {
+        self.poll
+    }
+
     /// Checks a queue index.
     ///
     /// # Errors
@@ -1305,7 +1316,10 @@ impl Member {
             })?;
             Handle::Thread(started)
         } else {
-            let runner = Runner::new(device, map, setup)?;
+            let mut runner = Runner::new(device, map, setup)?;
+            if index < u64::from(self.device.queues()) {
+                runner.set_poll(self.poll);
+            }
             Handle::Worker(self.pool.start(Start {
                 owner,
                 runner,

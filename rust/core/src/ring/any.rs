@@ -144,6 +144,15 @@ impl Ring {
         }
     }
 
+    /// As `position`, for a ring whose requests are used in order and that is to go on with the first not used.
+    pub fn used_position(&self) -> u32 {
+        let used = u32::from(self.used_idx());
+        match self {
+            Self::Split(_) => used,
+            Self::Packed(_) => used | used << 16,
+        }
+    }
+
     /// Whether the driver has made something available that was not taken yet.
     #[inline]
     pub fn has_work(&self) -> bool {
@@ -204,11 +213,28 @@ impl Ring {
         }
     }
 
-    /// The areas of the ring that the device writes, as guest addresses in this map. For dirty logging.
-    pub fn written_areas(&self, map: &MemoryMap, ranges: &mut Vec<(u64, u64)>) {
+    /// The areas of the ring that the device writes, as guest addresses. For dirty logging.
+    pub fn written_areas(&self, ranges: &mut Vec<(u64, u64)>) {
         match self {
-            Self::Split(ring) => ring.written_areas(map, ranges),
-            Self::Packed(ring) => ring.written_areas(map, ranges),
+            Self::Split(ring) => ring.written_areas(ranges),
+            Self::Packed(ring) => ring.written_areas(ranges),
+        }
+    }
+
+    /// Requests that an earlier process had in flight and that weren't taken again yet.
+    #[inline]
+    pub fn unfinished(&self) -> usize {
+        match self {
+            Self::Split(ring) => ring.unfinished(),
+            Self::Packed(ring) => ring.unfinished(),
+        }
+    }
+
+    /// Whether the ring may have used anything before it was opened here.
+    pub fn has_history(&self) -> bool {
+        match self {
+            Self::Split(ring) => ring.has_history(),
+            Self::Packed(ring) => ring.has_history(),
         }
     }
 

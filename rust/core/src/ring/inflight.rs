@@ -118,11 +118,12 @@ pub struct SplitTracker {
 }
 
 impl SplitTracker {
-    /// Goes on from what the region says; the heads that were in flight, in the order in which they were taken.
+    /// Goes on from what the region says; the heads that were in flight, in the order in which they were taken. None: it
+    /// says nothing of this ring.
     ///
     /// # Errors
     /// `inflight.*`.
-    pub fn recover(area: HostArea, size: u16, used_idx: u16) -> Result<(Self, VecDeque<u16>), Fault> {
+    pub fn recover(area: HostArea, size: u16, used_idx: u16) -> Result<(Self, Option<VecDeque<u16>>), Fault> {
         let known = check_version(&area, size, capacity(&area, false))?;
         let mut tracker = Self {
             area,
@@ -132,7 +133,7 @@ impl SplitTracker {
         };
         if !known {
             tracker.begin(size, used_idx);
-            return Ok((tracker, VecDeque::new()));
+            return Ok((tracker, None));
         }
         let mut again = tracker.scan(size);
         let recorded = tracker.area.u16(SPLIT_USED_IDX).load(Ordering::Relaxed);
@@ -147,7 +148,7 @@ impl SplitTracker {
             if again.is_empty() {
                 // Nothing was in flight, so this is another ring than the one that was recorded.
                 tracker.begin(size, used_idx);
-                return Ok((tracker, again.into_iter().map(|(_, head)| head).collect()));
+                return Ok((tracker, None));
             }
             return Err(damaged(
                 "inflight.size",
@@ -165,6 +166,7 @@ impl SplitTracker {
                     ));
                 }
                 tracker.flag(head, 0);
+                crash::point("inflight.recover");
                 head = tracker
                     .area
                     .u16(SPLIT_HEADER + SPLIT_ENTRY * usize::from(head) + SPLIT_NEXT)
@@ -176,15 +178,17 @@ impl SplitTracker {
         again.sort_unstable();
         tracker.counter = again.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
         tracker.last_batch = tracker.area.u16(SPLIT_LAST_BATCH).load(Ordering::Relaxed);
-        Ok((tracker, again.into_iter().map(|(_, head)| head).collect()))
+        Ok((tracker, Some(again.into_iter().map(|(_, head)| head).collect())))
     }
 
     fn begin(&self, size: u16, used_idx: u16) {
-        for head in 0..size {
-            // Looked at first: pages of a new file need not be made for it.
-            if self.flagged(head) {
-                self.flag(head, 0);
-            }
+        // Half-way through, the record is of no ring.
+        clear(&self.area);
+        // Also those of a larger ring before this one: there may be another after it.
+        let recorded = self.area.u16(DESC_NUM_AT).load(Ordering::Relaxed);
+        let end = usize::from(size.max(recorded)).min(capacity(&self.area, false));
+        for head in (0..end as u16).filter(|&head| self.flagged(head)) {
+            self.flag(head, 0);
         }
         self.area.u64(0).store(0, Ordering::Release);
         self.area.u16(DESC_NUM_AT).store(size, Ordering::Release);
@@ -273,6 +277,8 @@ pub struct PackedChain {
 
 /// Where a packed ring goes on, and with what.
 pub struct PackedRecovery {
+    /// The region knows this ring.
+    pub known: bool,
     /// The next used descriptor goes here.
     pub used: Place,
     /// Chains in flight, in the order in which they were taken.
@@ -293,8 +299,9 @@ pub struct PackedTracker {
     chains: Box<[(u16, u16)]>,
     /// The chain that is being taken: entries so far, the last one, and the first that is free after it.
     taking: (u16, u16, u16),
-    /// Buffer IDs of the batch that isn't published yet.
-    batch: Vec<u16>,
+    /// First and last entries of the chains in the batch that isn't published yet. Not their buffer IDs: a driver that goes
+    /// wrong may use one again before it has got it back.
+    batch: Vec<(u16, u16)>,
 }
 
 impl PackedTracker {
@@ -309,7 +316,9 @@ impl PackedTracker {
         used: Place,
         flags_at: impl Fn(Place) -> u16,
     ) -> Result<(Self, PackedRecovery), Fault> {
-        let known = check_version(&area, size, capacity(&area, true))?;
+        let mut known = check_version(&area, size, capacity(&area, true))?;
+        let recorded = area.u16(DESC_NUM_AT).load(Ordering::Relaxed);
+        let all = usize::from(size.max(recorded)).min(capacity(&area, true)) as u16;
         let mut tracker = Self {
             area,
             size,
@@ -320,22 +329,29 @@ impl PackedTracker {
             taking: (0, 0, 0),
             batch: Vec::new(),
         };
+        if known && recorded != size {
+            if (0..all).any(|entry| tracker.flagged(entry)) {
+                return Err(damaged(
+                    "inflight.size",
+                    format!("requests in flight of a ring of another size than {size}"),
+                ));
+            }
+            // Nothing was in flight, so this is another ring than the one that was recorded.
+            known = false;
+        }
         let mut recovery = PackedRecovery {
+            known,
             used,
             again: VecDeque::new(),
         };
         let mut taken = vec![false; usize::from(size)];
         if known {
-            if tracker.area.u16(DESC_NUM_AT).load(Ordering::Relaxed) != size {
-                return Err(damaged(
-                    "inflight.size",
-                    format!("the in-flight region is of a ring of another size than {size}"),
-                ));
-            }
             recovery.used = tracker.settle(flags_at)?;
+            crash::point("inflight.recover");
             recovery.again = tracker.collect(&mut taken)?;
         } else {
-            for entry in (0..size).filter(|&entry| tracker.flagged(entry)) {
+            clear(&tracker.area);
+            for entry in (0..all).filter(|&entry| tracker.flagged(entry)) {
                 tracker.flag(entry, 0);
             }
             tracker.area.u64(0).store(0, Ordering::Release);
@@ -440,9 +456,11 @@ impl PackedTracker {
                 ));
             }
             self.flag(entry, 0);
+            crash::point("inflight.recover");
             entry = self.u16_of(last, PACKED_NEXT);
         }
         self.set_header(PACKED_OLD_FREE_HEAD, free_head);
+        crash::point("inflight.recover");
         self.store_used(new, new);
         Ok(new)
     }
@@ -510,10 +528,12 @@ impl PackedTracker {
         for entry in (0..self.size).rev().filter(|&entry| !taken[usize::from(entry)]) {
             self.next[usize::from(entry)] = next;
             self.set_u16_of(entry, PACKED_NEXT, next);
+            crash::point("inflight.rewrite");
             next = entry;
         }
         self.free = next;
         self.set_header(PACKED_FREE_HEAD, next);
+        crash::point("inflight.rewrite");
         self.set_header(PACKED_OLD_FREE_HEAD, next);
     }
 
@@ -571,17 +591,18 @@ impl PackedTracker {
 
     /// A chain that was taken is put back.
     pub fn untaken(&mut self, id: u16) {
-        let (head, _) = self.chains[usize::from(id)];
-        self.flag(head, 0);
-        self.release(id);
+        let chain = self.chains[usize::from(id)];
+        self.flag(chain.0, 0);
+        crash::point("inflight.untaken");
+        self.release(chain);
         self.set_header(PACKED_FREE_HEAD, self.free);
+        crash::point("inflight.untaken");
         self.set_header(PACKED_OLD_FREE_HEAD, self.free);
     }
 
     /// Puts the entries of a chain in front of the free list. They are linked to each other already.
     #[inline]
-    fn release(&mut self, id: u16) {
-        let (head, last) = self.chains[usize::from(id)];
+    fn release(&mut self, (head, last): (u16, u16)) {
         self.next[usize::from(last)] = self.free;
         self.set_u16_of(last, PACKED_NEXT, self.free);
         self.free = head;
@@ -590,7 +611,7 @@ impl PackedTracker {
     /// A chain's used descriptor was written, and will be published with the batch.
     #[inline]
     pub fn used(&mut self, id: u16) {
-        self.batch.push(id);
+        self.batch.push(self.chains[usize::from(id)]);
     }
 
     /// The batch is about to be published. The next used descriptor goes to `used` after it, and went to `before` so far.
@@ -609,8 +630,8 @@ impl PackedTracker {
     /// It was.
     #[inline]
     pub fn published(&mut self, used: Place) {
-        for &id in &self.batch {
-            self.flag(self.chains[usize::from(id)].0, 0);
+        for &(head, _) in &self.batch {
+            self.flag(head, 0);
             crash::point("inflight.struck-off");
         }
         self.batch.clear();

@@ -253,6 +253,8 @@ pub struct PackedRing {
     again: VecDeque<PackedChain>,
     /// The record of what is in flight, where the front end keeps one.
     tracker: Option<Box<PackedTracker>>,
+    /// The record has said where to go on.
+    recovered: bool,
     hint: usize,
 }
 
@@ -300,6 +302,7 @@ impl PackedRing {
             last: None,
             again: VecDeque::new(),
             tracker: None,
+            recovered: false,
             hint: 0,
         })
     }
@@ -313,11 +316,11 @@ impl PackedRing {
         let (tracker, recovery) = PackedTracker::recover(area, self.size, self.used, |place| {
             u16::from_le(self.flags_at(place).load(Ordering::Acquire))
         })?;
-        let known = !recovery.again.is_empty() || recovery.used != self.used;
         self.tracker = Some(Box::new(tracker));
-        if !known {
+        if !recovery.known {
             return Ok(());
         }
+        self.recovered = true;
         self.used = recovery.used;
         self.published = recovery.used;
         self.avail = recovery.used;
@@ -334,13 +337,40 @@ impl PackedRing {
             self.avail = self.avail.advance(count, self.size);
             self.again.push_back(chain);
         }
+        self.unmark();
         Ok(())
     }
 
-    /// The areas that the device writes, as guest addresses in this map.
-    pub fn written_areas(&self, map: &MemoryMap, ranges: &mut Vec<(u64, u64)>) {
-        map.guest_area(&self.desc, ranges);
-        map.guest_area(&self.device, ranges);
+    /// Takes back used descriptors that an earlier process has written and not published: all but the first of a batch have
+    /// their flags before it is published. The driver hasn't seen them, but would as soon as something else is used at the
+    /// place before, and their chains are going to be used once more.
+    fn unmark(&self) {
+        let mut place = self.used;
+        for _ in 0..self.avail.since(self.used, self.size) {
+            let field = self.flags_at(place);
+            let flags = u16::from_le(field.load(Ordering::Relaxed));
+            if place.is_used(flags) {
+                field.store((flags ^ DESC_F_USED).to_le(), Ordering::Release);
+                crash::point("packed.unmarked");
+            }
+            place = place.advance(1, self.size);
+        }
+    }
+
+    /// The areas that the device writes, as guest addresses.
+    pub fn written_areas(&self, ranges: &mut Vec<(u64, u64)>) {
+        self.desc.guest_ranges(ranges);
+        self.device.guest_ranges(ranges);
+    }
+
+    /// Requests that an earlier process had in flight and that weren't taken again yet.
+    pub fn unfinished(&self) -> usize {
+        self.again.len()
+    }
+
+    /// Whether the ring may have used anything before it was opened here.
+    pub fn has_history(&self) -> bool {
+        self.recovered || u32::from(self.used_idx()) != FRESH >> 16
     }
 
     /// Whether the record's memory was taken away.
@@ -511,10 +541,10 @@ impl PackedRing {
     /// stays so in the record.
     pub fn undo_pop(&mut self) {
         if let Some(id) = self.last.take() {
-            if let Some(tracker) = &mut self.tracker {
+            let count = std::mem::take(&mut self.counts[usize::from(id)]);
+            if let Some(tracker) = self.tracker.as_mut().filter(|_| count > 0) {
                 tracker.untaken(id);
             }
-            let count = std::mem::take(&mut self.counts[usize::from(id)]);
             self.avail = self.avail.retreat(count, self.size);
         }
     }
@@ -607,7 +637,8 @@ impl PackedRing {
             ));
         }
         // A table that isn't in one region as a whole is refused: no driver makes one (it is a kernel allocation).
-        let table = map.area_by_guest(desc.addr, u64::from(desc.len)).ok_or_else(|| {
+        let table = map.table_by_guest(desc.addr, u64::from(desc.len), &mut self.hint);
+        let table = table.ok_or_else(|| {
             ring_fault(
                 "ring.indirect-address",
                 format!(
@@ -620,7 +651,8 @@ impl PackedRing {
             return self.walk_unaligned(map, chain, desc);
         }
         for index in 0..count {
-            let inner = Descriptor::load(&table, index);
+            let offset = index * DESC_SIZE;
+            let inner = Descriptor::new(table.load_u64(offset), table.load_u64(offset + DESC_LEN));
             append_buffer(
                 map,
                 &mut self.hint,

@@ -113,8 +113,12 @@ impl Descriptor {
     /// original at any time.
     #[inline]
     fn load(table: &HostArea, index: usize) -> Self {
-        let addr = table.load_u64(index * DESC_SIZE as usize);
-        let rest = table.load_u64(index * DESC_SIZE as usize + 8);
+        let at = index * DESC_SIZE as usize;
+        Self::new(table.load_u64(at), table.load_u64(at + 8))
+    }
+
+    #[inline]
+    fn new(addr: u64, rest: u64) -> Self {
         Self {
             addr,
             len: rest as u32,
@@ -196,14 +200,15 @@ impl SplitRing {
     }
 
     /// Keeps a record of what is in flight in `area` from now on, before anything is taken. What it has in flight already is
-    /// taken first, in the old order; the ring then goes on behind it.
+    /// taken first, in the old order; the ring then goes on behind it, wherever it was told to go on: a front end that has
+    /// lost a back end only guesses.
     ///
     /// # Errors
     /// `inflight.*`.
     pub fn track(&mut self, area: HostArea) -> Result<(), Fault> {
         let (tracker, again) = SplitTracker::recover(area, self.size, self.published)?;
         self.tracker = Some(Box::new(tracker));
-        if !again.is_empty() {
+        if let Some(again) = again {
             // What was taken and not used, and nothing else, lies between the two indices. At most `size`, one each.
             self.next_avail = self.published.wrapping_add(again.len() as u16);
             self.avail_idx = self.next_avail;
@@ -212,9 +217,22 @@ impl SplitRing {
         Ok(())
     }
 
-    /// The areas that the device writes, as guest addresses in this map.
-    pub fn written_areas(&self, map: &MemoryMap, ranges: &mut Vec<(u64, u64)>) {
-        map.guest_area(&self.used, ranges);
+    /// The areas that the device writes, as guest addresses.
+    pub fn written_areas(&self, ranges: &mut Vec<(u64, u64)>) {
+        self.used.guest_ranges(ranges);
+    }
+
+    /// Requests that an earlier process had in flight and that weren't taken again yet.
+    pub fn unfinished(&self) -> usize {
+        self.again.len()
+    }
+
+    /// Whether the ring has used anything before it was opened here. The index alone doesn't say after 2^16 requests; the
+    /// element before it does, as a new ring has a 0 there.
+    pub fn has_history(&self) -> bool {
+        let last = 4 + 8 * usize::from(self.published.wrapping_sub(1) & self.mask);
+        let element = [last, last + 4].map(|at| self.used.u32(at).load(Ordering::Relaxed));
+        self.published != 0 || element != [0, 0]
     }
 
     /// Whether the record's memory was taken away.
@@ -332,7 +350,32 @@ impl SplitRing {
         }
         self.last = (head, false);
         self.next_avail = self.next_avail.wrapping_add(1);
+        self.look_ahead(map);
         Ok(true)
+    }
+
+    /// Has the first buffer of the next chain, the header of most requests, brought into the cache while the device works
+    /// on this one. It comes from the driver's CPU, and would have to be waited for then. Only a hint:
+    /// what is read here is read again, and checked, by `pop`.
+    #[inline]
+    fn look_ahead(&mut self, map: &Arc<MemoryMap>) {
+        if self.next_avail == self.avail_idx {
+            return;
+        }
+        let slot = usize::from(self.next_avail & self.mask);
+        let head = u16::from_le(self.avail.u16(4 + 2 * slot).load(Ordering::Relaxed));
+        if head >= self.size {
+            return;
+        }
+        let desc = Descriptor::load(&self.desc, usize::from(head));
+        let mut first = desc.addr;
+        if desc.flags & DESC_F_INDIRECT != 0 {
+            match map.table_by_guest(desc.addr, DESC_SIZE, &mut self.hint) {
+                Some(table) if table.is_aligned(16) => first = table.load_u64(0),
+                _ => return,
+            }
+        }
+        map.prefetch(first, &mut self.hint);
     }
 
     /// Puts the chain that was popped last back, once.
@@ -413,7 +456,8 @@ impl SplitRing {
             ));
         }
         // A table that isn't in one region as a whole is refused: no driver makes one (it is a kernel allocation).
-        let table = map.area_by_guest(desc.addr, u64::from(desc.len)).ok_or_else(|| {
+        let table = map.table_by_guest(desc.addr, u64::from(desc.len), &mut self.hint);
+        let table = table.ok_or_else(|| {
             ring_fault(
                 "ring.indirect-address",
                 format!(
@@ -427,7 +471,8 @@ impl SplitRing {
         }
         let mut index = 0u64;
         for _ in 0..count {
-            let inner = Descriptor::load(&table, index as usize);
+            let at = index as usize * DESC_SIZE as usize;
+            let inner = Descriptor::new(table.load_u64(at), table.load_u64(at + 8));
             match Self::indirect_step(map, &mut self.hint, chain, inner, count)? {
                 Some(next) => index = next,
                 None => return Ok(()),
