@@ -16,36 +16,29 @@ import argparse
 import array
 import json
 import os
-import platform
-import select
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import harness
+from harness import CPUS, ROOT, Bar, BenchError, end, number, place, print_bars, print_machine, spread, spread_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-ROOT: Final = Path(__file__).resolve().parent.parent
 START_TIMEOUT: Final = 20.0
-STOP_TIMEOUT: Final = 10.0
-BUILD_TIMEOUT: Final = 900.0
 SECTOR: Final = 512
 BLOCK: Final = 4096
 BASELINE: Final = "qsd"
 OURS: Final = "ours"
-
-
-class BenchError(Exception):
-    """The benchmark can't run; the text is for the person at the terminal."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +49,33 @@ class Cell:
     mode: str
     depth: int
     place: str
+    op: str = "read"
 
     def __str__(self) -> str:
-        return f"{self.image} {self.mode} QD{self.depth} {self.place}"
+        return f"{self.image} {self.op} {self.mode} QD{self.depth} {self.place}"
 
 
-CPUS: Final = sorted(os.sched_getaffinity(0))
 PLACES: Final = ("apart", "free") if len(CPUS) > 1 else ("free",)
 """Where the two sides run: on a CPU each, or wherever the scheduler puts them."""
+MODES: Final = ("eventfd", "polled")
 
 CELLS: Final = [
-    Cell(image, mode, depth, place)
-    for image in ("null", "file")
-    for mode in ("eventfd", "polled")
-    for depth in (1, 32)
-    for place in PLACES
+    *(
+        Cell(image, mode, depth, place)
+        for image in ("null", "file")
+        for mode in MODES
+        for depth in (1, 32)
+        for place in PLACES
+    ),
+    *(Cell(image, mode, 32, place, "write") for image in ("tmpfs", "file") for mode in MODES for place in PLACES),
 ]
+IMAGES: Final = ("null", "file", "tmpfs")
+TMPFS: Final = Path("/dev/shm")
+"""Writes to a disk's file system are written back in the middle of a measurement; here they stay in the page cache."""
+
+DEPTHS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+SWEEP: Final = [Cell(image, "eventfd", depth, PLACES[0]) for image in ("null", "file") for depth in DEPTHS]
+"""For the plot."""
 
 
 @dataclass
@@ -132,6 +136,9 @@ def ours(engine: str) -> Callable[[BackEnd, Path], list[str]]:
             [[members]]
             type = "blk"
             image = "disk.raw"
+            [[members]]
+            type = "blk"
+            image = "tmpfs.raw"
             """
         )
         command = [sys.executable, "-m", "vhu_legacy", "serve", str(config), "--run-dir", str(directory / "run")]
@@ -142,13 +149,11 @@ def ours(engine: str) -> Callable[[BackEnd, Path], list[str]]:
 
 def ours_ready(back_end: BackEnd) -> dict[str, Path]:
     assert back_end.process is not None
-    assert back_end.process.stdout is not None
-    readable, _, _ = select.select([back_end.process.stdout], [], [], START_TIMEOUT)
-    line = back_end.process.stdout.readline() if readable else b""
-    if not line:
+    ready = harness.ready_line(back_end.process, START_TIMEOUT)
+    if ready is None:
         raise BenchError(f"{back_end.name} isn't ready: {back_end.log()}")
-    members = json.loads(line)["members"]
-    return {image: Path(member["vhost_user"]) for image, member in zip(("null", "file"), members, strict=True)}
+    members = ready["members"]
+    return {image: Path(member["vhost_user"]) for image, member in zip(IMAGES, members, strict=True)}
 
 
 def qsd_aio(qsd: str, directory: Path) -> str:
@@ -182,6 +187,9 @@ def qsd(program: str, aio: str, iothread: str) -> Callable[[BackEnd, Path], list
             *("--blockdev", f"driver=file,node-name=disk,filename={directory}/disk.raw,aio={aio}"),
             *("--blockdev", "driver=raw,node-name=file,file=disk"),
             *("--export", f"{export},id=export-file,node-name=file,addr.path={directory}/file.sock"),
+            *("--blockdev", f"driver=file,node-name=memory,filename={directory}/tmpfs.raw,aio={aio}"),
+            *("--blockdev", "driver=raw,node-name=tmpfs,file=memory"),
+            *("--export", f"{export},id=export-tmpfs,node-name=tmpfs,addr.path={directory}/tmpfs.sock"),
             *("--pidfile", str(directory / "pid")),
         ]
 
@@ -196,27 +204,16 @@ def qsd_ready(back_end: BackEnd) -> dict[str, Path]:
         if back_end.process.poll() is not None or time.monotonic() > deadline:
             raise BenchError(f"{back_end.name} isn't ready: {back_end.log()}")
         time.sleep(0.02)
-    return {image: back_end.directory / f"{image}.sock" for image in ("null", "file")}
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that was started here."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_TIMEOUT)
-    if process.stdout is not None:
-        process.stdout.close()
+    return {image: back_end.directory / f"{image}.sock" for image in IMAGES}
 
 
 @contextmanager
-def running(back_end: BackEnd, directory: Path, size: int) -> Iterator[None]:
+def running(back_end: BackEnd, directory: Path, in_memory: Path, size: int) -> Iterator[None]:
     back_end.directory = directory
     directory.mkdir()
     make_image(directory / "disk.raw", size)
+    make_image(in_memory / f"{back_end.name}.raw", size)
+    (directory / "tmpfs.raw").symlink_to(in_memory / f"{back_end.name}.raw")
     command = back_end.start(back_end, directory)
     with (directory / "log").open("wb") as log:
         back_end.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT)
@@ -233,24 +230,6 @@ def running(back_end: BackEnd, directory: Path, size: int) -> Iterator[None]:
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def build() -> Path:
-    """The front end, up to date."""
-    command = ["cargo", "build", "--release", "--quiet", "--package", "vhu-bench"]
-    try:
-        subprocess.run(command, cwd=ROOT, check=True, timeout=BUILD_TIMEOUT)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise BenchError(f"vhu-bench can't be built: {error}") from error
-    return Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release" / "vhu-bench"
-
-
-def place(pid: int, cpus: set[int]) -> None:
-    """Have all threads of a back end run on these CPUs."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        # one may have ended, and the kernel keeps some of its helpers where they are
-        with suppress(OSError):
-            os.sched_setaffinity(int(task.name), cpus)
-
-
 def measure(front_end: Path, back_end: BackEnd, cell: Cell, seconds: float, *options: str) -> dict[str, Any]:
     """One measurement. Raises BenchError."""
     apart = cell.place == "apart"
@@ -265,7 +244,7 @@ def measure(front_end: Path, back_end: BackEnd, cell: Cell, seconds: float, *opt
 
 def measure_here(front_end: Path, back_end: BackEnd, cell: Cell, seconds: float, *options: str) -> dict[str, Any]:
     command = [str(front_end), "--socket", str(back_end.sockets[cell.image]), "--pid", str(back_end.pid)]
-    command += ["--mode", cell.mode, "--depth", str(cell.depth), "--seconds", str(seconds), *options]
+    command += ["--mode", cell.mode, "--op", cell.op, "--depth", str(cell.depth), "--seconds", str(seconds), *options]
     # the stock daemon of vhost-user-backend needs a moment between two front ends
     deadline = time.monotonic() + 3
     while True:
@@ -282,7 +261,8 @@ def measure_here(front_end: Path, back_end: BackEnd, cell: Cell, seconds: float,
         time.sleep(0.1)
 
 
-Samples = dict[tuple[str, Cell], list[dict[str, Any] | None]]
+Sample = dict[str, Any]
+Samples = dict[tuple[str, Cell], list[Sample | None]]
 
 
 def check(front_end: Path, back_ends: list[BackEnd], console: Console) -> None:
@@ -290,7 +270,7 @@ def check(front_end: Path, back_ends: list[BackEnd], console: Console) -> None:
     for back_end in back_ends:
         if back_end.error is None:
             try:
-                for mode in ("eventfd", "polled"):
+                for mode in MODES:
                     measure(front_end, back_end, Cell("file", mode, 8, "free"), 0.1, "--verify", "--warmup", "0")
             except BenchError as error:
                 back_end.error = str(error).strip()
@@ -300,18 +280,18 @@ def check(front_end: Path, back_ends: list[BackEnd], console: Console) -> None:
 
 def measure_all(
     front_end: Path,
-    back_ends: list[BackEnd],
-    cells: list[Cell],
+    plan: dict[Cell, list[BackEnd]],
     rounds: int,
     seconds: float,
     console: Console,
 ) -> Samples:
-    samples: Samples = {(back_end.name, cell): [] for back_end in back_ends for cell in cells}
+    """Each cell with its back ends, all of them in each round."""
+    samples: Samples = {(back_end.name, cell): [] for cell, back_ends in plan.items() for back_end in back_ends}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=rounds * len(cells) * len(back_ends))
+        task = progress.add_task("", total=rounds * len(samples))
         for number in range(rounds):
-            for cell in cells:
+            for cell, back_ends in plan.items():
                 order = back_ends[number % len(back_ends) :] + back_ends[: number % len(back_ends)]
                 if number % 2:
                     order.reverse()
@@ -332,43 +312,63 @@ def measure_all(
 # --- the report ---------------------------------------------------------------------------------------------------
 
 
-def ratios(samples: Samples, name: str, cell: Cell) -> list[float]:
-    """Requests per second of a back end, in those of the base line in the same round."""
-    pairs = zip(samples[name, cell], samples[BASELINE, cell], strict=True)
-    return [one["iops"] / base["iops"] for one, base in pairs if one and base and base["iops"]]
+def iops(one: Sample) -> float | None:
+    return float(one["iops"])
 
 
-def median(samples: Samples, name: str, cell: Cell, pick: Callable[[dict[str, Any]], float | None]) -> float | None:
-    values = [value for one in samples[name, cell] if one is not None and (value := pick(one)) is not None]
+def latency(one: Sample) -> float | None:
+    return float(one["latency_ns"]["median"])
+
+
+def cpu(one: Sample) -> float | None:
+    """CPU seconds for a million requests."""
+    value = one["cpu_seconds_per_million"]
+    return None if value is None else float(value)
+
+
+Pick = Callable[[Sample], float | None]
+
+
+def ratios(samples: Samples, name: str, cell: Cell, pick: Pick = iops) -> list[float]:
+    """A back end's number over that of the base line in the same round."""
+    pairs = zip(samples.get((name, cell), []), samples.get((BASELINE, cell), []), strict=False)
+    found = [(pick(one), pick(base)) for one, base in pairs if one and base]
+    return [one / base for one, base in found if one is not None and base]
+
+
+def median(samples: Samples, name: str, cell: Cell, pick: Pick) -> float | None:
+    found = [pick(one) for one in samples.get((name, cell), []) if one is not None]
+    values = [value for value in found if value is not None]
     return statistics.median(values) if values else None
 
 
-def number(value: float | None, scale: float = 1.0, digits: int = 1) -> str:
-    return "-" if value is None else f"{value / scale:.{digits}f}"
+def ratio_text(values: list[float], *, less: bool = False) -> str:
+    """Minimum / median / maximum, the median coloured by whether it is good."""
+    found = spread(values)
+    if found is None:
+        return "-"
+    low, middle, high = found
+    good = 1 / middle if less and middle else middle
+    colour = "green" if good >= 1 else "yellow" if good >= 0.8 else "red"
+    return f"{low:.2f} / [bold {colour}]{middle:.2f}[/] / {high:.2f}"
 
 
-def ratio_columns(values: list[float]) -> list[str]:
-    if not values:
-        return ["-", "-", "-"]
-    middle = statistics.median(values)
-    colour = "green" if middle >= 1 else "yellow" if middle >= 0.8 else "red"
-    return [f"{min(values):.2f}", f"[bold {colour}]{middle:.2f}[/]", f"{max(values):.2f}"]
-
-
-def report(samples: Samples, back_ends: list[BackEnd], cells: list[Cell], console: Console) -> None:
-    names = [back_end.name for back_end in back_ends]
+def report(samples: Samples, names: Sequence[str], cells: Sequence[Cell], console: Console) -> None:
     for name in names:
         if name == BASELINE or BASELINE not in names:
             continue
-        table = Table(title=f"{name} / {BASELINE}: requests per second, 4 KiB random reads")
-        table.add_column("cell")
-        for title in ("min", "median", "max"):
-            table.add_column(title, justify="right")
-        for title in (f"{name} kIOPS", f"{BASELINE} kIOPS"):
-            table.add_column(title, justify="right")
+        table = Table(title=f"{name} / {BASELINE}, 4 KiB at random places: ratios (min / median / max)")
+        table.add_column("cell", no_wrap=True)
+        for title in ("requests per second", "CPU s/M", "median latency at QD1"):
+            table.add_column(title, justify="right", no_wrap=True)
         for cell in cells:
-            iops = [number(median(samples, who, cell, lambda one: one["iops"]), 1e3) for who in (name, BASELINE)]
-            table.add_row(str(cell), *ratio_columns(ratios(samples, name, cell)), *iops)
+            if (name, cell) in samples:
+                table.add_row(
+                    str(cell),
+                    ratio_text(ratios(samples, name, cell)),
+                    ratio_text(ratios(samples, name, cell, cpu), less=True),
+                    ratio_text(ratios(samples, name, cell, latency), less=True) if cell.depth == 1 else "",
+                )
         console.print(table)
 
     table = Table(title="medians of the rounds")
@@ -377,56 +377,44 @@ def report(samples: Samples, back_ends: list[BackEnd], cells: list[Cell], consol
     for title in ("kIOPS", "median us", "p99 us", "CPU s/M", "kicks/req", "calls/req"):
         table.add_column(title, justify="right", no_wrap=True)
     for cell in cells:
-        for name in names:
-            latency = [
-                median(samples, name, cell, lambda one, key=key: one["latency_ns"][key])  # type: ignore[misc]
-                for key in ("median", "p99")
-            ]
+        for at, name in enumerate(name for name in names if (name, cell) in samples):
             per = [
                 median(samples, name, cell, lambda one, key=key: one[key] / one["requests"])  # type: ignore[misc]
                 for key in ("kicks", "calls")
             ]
             table.add_row(
-                str(cell) if name == names[0] else "",
+                str(cell) if at == 0 else "",
                 name,
-                number(median(samples, name, cell, lambda one: one["iops"]), 1e3),
-                *(number(value, 1e3) for value in latency),
-                number(median(samples, name, cell, lambda one: one["cpu_seconds_per_million"]), 1, 2),
+                number(median(samples, name, cell, iops), 1e3),
+                number(median(samples, name, cell, latency), 1e3),
+                number(median(samples, name, cell, lambda one: one["latency_ns"]["p99"]), 1e3),
+                number(median(samples, name, cell, cpu), 1, 2),
                 *(number(value, 1, 3) for value in per),
             )
         table.add_section()
     console.print(table)
 
 
-def machine(program: str, aio: str, directory: Path) -> dict[str, Any]:
-    """What the numbers were taken on."""
+def bars(samples: Samples, cells: Sequence[Cell]) -> list[Bar]:
+    """What should be reached against the base line, cell by cell."""
+    found: list[Bar] = []
 
-    def first_line(command: list[str]) -> str:
-        with suppress(OSError, subprocess.SubprocessError, IndexError):
-            return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()[0]
-        return "unknown"
+    def add(what: str, cell: Cell, pick: Pick, limit: float, *, less: bool) -> None:
+        values = ratios(samples, OURS, cell, pick)
+        middle = spread(values)
+        met = None if middle is None else middle[1] <= limit if less else middle[1] >= limit
+        sign = "<=" if less else ">="
+        found.append(Bar(f"{cell}: {what}", f"{sign} {limit} x {BASELINE}", spread_text(values), met))
 
-    model = "unknown"
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    commit = first_line(["git", "-C", str(ROOT), "describe", "--always", "--dirty"])
-    return {
-        "cpu": model,
-        "cpus": len(CPUS),
-        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
-        "kernel": f"{platform.system()} {platform.release()}",
-        "virtual": first_line(["systemd-detect-virt"]),
-        "file_system": first_line(["stat", "-f", "-c", "%T", str(directory)]),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "rustc": first_line(["rustc", "--version"]),
-        "vhu_legacy": f"{first_line([sys.executable, '-m', 'vhu_legacy', '--version'])} ({commit})",
-        "qemu_storage_daemon": f"{first_line([program, '--version'])}, aio={aio}",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+    for cell in cells:
+        if cell.depth == 1 and cell.image == "null":
+            add("round trip", cell, latency, 0.8, less=True)
+        elif cell.depth == 32:
+            add("requests per second", cell, iops, 1.5 if cell.image == "null" else 1.3, less=False)
+    for cell in cells:
+        if cell.depth == 32:
+            add("CPU per request", cell, cpu, 0.7, less=True)
+    return found
 
 
 def contenders(program: str, aio: str) -> list[BackEnd]:
@@ -454,21 +442,23 @@ DEFAULT: Final = NAMES[:3]
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 0.3 s: shows that it works, no more")
+    parser.add_argument("--quick", action="store_true", help="1 round of 0.1 s: shows that it works, no more")
     parser.add_argument("--rounds", type=int, help="rounds (5)")
     parser.add_argument("--seconds", type=float, help="seconds of a measurement (0.7)")
     parser.add_argument(
         "--only", default="", help='cells to measure: those with all these words, as in "null QD1 apart"'
     )
+    parser.add_argument("--no-sweep", action="store_true", help="without the cells for the plot over queue depth")
     parser.add_argument(
-        "--back-ends", default=",".join(DEFAULT), help=f"some of {', '.join(NAMES)}; without it all but the last"
+        "--back-ends",
+        help=f"some of {', '.join(NAMES)}; without it all but the last, and the third only on CPUs of its own",
     )
     parser.add_argument("--size", type=int, default=128, help="MiB of the file image (128)")
     parser.add_argument("--directory", type=Path, help="where the file images go (a temporary directory)")
     parser.add_argument("--json", type=Path, default=ROOT / "target" / "bench.json", help="results (target/bench.json)")
     options = parser.parse_args()
-    options.rounds = options.rounds or (2 if options.quick else 5)
-    options.seconds = options.seconds or (0.3 if options.quick else 0.7)
+    options.rounds = options.rounds or (1 if options.quick else 5)
+    options.seconds = options.seconds or (0.1 if options.quick else 0.7)
     if not 1 <= options.rounds <= 1000 or not 0.01 <= options.seconds <= 600 or options.size < 1:
         parser.error("--rounds is 1 to 1000, --seconds 0.01 to 600, --size at least 1")
     return options
@@ -481,68 +471,67 @@ def run(options: argparse.Namespace, console: Console) -> int:
     cells = [cell for cell in CELLS if all(word in str(cell).split() for word in options.only.split())]
     if not cells:
         raise BenchError(f"--only {options.only!r} leaves nothing; cells: {', '.join(map(str, CELLS))}")
-    wanted = options.back_ends.split(",")
+    wanted = DEFAULT if options.back_ends is None else options.back_ends.split(",")
     unknown = set(wanted) - set(NAMES)
     if unknown:
         raise BenchError(f"--back-ends {', '.join(sorted(unknown))}: unknown; allowed: {', '.join(NAMES)}")
-    front_end = build()
+    sweep = [] if options.no_sweep or options.only else [cell for cell in SWEEP if cell not in cells]
+    front_end = harness.binary("vhu-bench")
+    on = harness.machine()
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vhu-bench-", dir=options.directory)))
+        in_memory = directory
+        if harness.first_line(["stat", "-f", "-c", "%T", str(TMPFS)]) == "tmpfs":
+            in_memory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vhu-bench-", dir=TMPFS)))
+        else:
+            console.print(f"[yellow]{TMPFS} is no tmpfs: those cells are the same as those with a file[/]")
         aio = qsd_aio(program, directory)
-        on = machine(program, aio, directory)
+        on["file_system"] = harness.first_line(["stat", "-f", "-c", "%T", str(directory)])
+        on["qemu_storage_daemon"] += f", aio={aio}"
         back_ends = [back_end for back_end in contenders(program, aio) if back_end.name in wanted]
         for back_end in back_ends:
             console.print(f"starting {back_end.name}: {back_end.what}", highlight=False)
-            stack.enter_context(running(back_end, directory / back_end.name, options.size << 20))
+            stack.enter_context(running(back_end, directory / back_end.name, in_memory, options.size << 20))
         check(front_end, back_ends, console)
-        samples = measure_all(front_end, back_ends, cells, options.rounds, options.seconds, console)
-    console.print()
-    for key, value in on.items():
-        console.print(f"{key:>20}: {value}", highlight=False)
+        plan = {cell: [one for one in back_ends if takes_part(one.name, cell, options)] for cell in cells}
+        plan |= {cell: [one for one in back_ends if one.name in (OURS, BASELINE)] for cell in sweep}
+        plan = {cell: some for cell, some in plan.items() if some}
+        samples = measure_all(front_end, plan, options.rounds, options.seconds, console)
     settings = f"{options.rounds} rounds of {options.seconds} s, files of {options.size} MiB in the page cache"
-    console.print(f"{'settings':>20}: {settings}\n", highlight=False)
-    report(samples, back_ends, cells, console)
-    save(options.json, on, options, samples, back_ends, cells)
-    console.print(f"all samples: {options.json}", highlight=False)
+    print_machine(on, console, settings)
+    names = [back_end.name for back_end in back_ends]
+    report(samples, names, cells, console)
+    reached = bars(samples, cells)
+    print_bars(reached, console)
+    result = {
+        "machine": on,
+        "settings": {"rounds": options.rounds, "seconds": options.seconds, "size_mib": options.size},
+        "back_ends": {back_end.name: {"what": back_end.what, "error": back_end.error} for back_end in back_ends},
+        "cells": [as_dict(samples, names, cell) for cell in plan],
+        "sweep": [as_dict(samples, names, cell) for cell in SWEEP if cell in plan],
+    }
+    harness.save(options.json, result, reached, console)
     return 1 if any(back_end.error for back_end in back_ends) else 0
 
 
-def save(
-    path: Path,
-    on: dict[str, Any],
-    options: argparse.Namespace,
-    samples: Samples,
-    back_ends: list[BackEnd],
-    cells: list[Cell],
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "machine": on,
-        "settings": {
-            "rounds": options.rounds,
-            "seconds": options.seconds,
-            "size_mib": options.size,
-        },
-        "back_ends": {back_end.name: {"what": back_end.what, "error": back_end.error} for back_end in back_ends},
-        "cells": [
-            {
-                "image": cell.image,
-                "mode": cell.mode,
-                "depth": cell.depth,
-                "place": cell.place,
-                "ratios": {one.name: ratios(samples, one.name, cell) for one in back_ends}
-                if any(one.name == BASELINE for one in back_ends)
-                else {},
-                "samples": {one.name: samples[one.name, cell] for one in back_ends},
-            }
-            for cell in cells
-        ],
+def takes_part(name: str, cell: Cell, options: argparse.Namespace) -> bool:
+    """The engine that is there for comparison doesn't get everything, unless it was asked for by name."""
+    return name != "rust-vmm" or options.back_ends is not None or cell.place == PLACES[0]
+
+
+def as_dict(samples: Samples, names: Sequence[str], cell: Cell) -> dict[str, Any]:
+    part = [name for name in names if (name, cell) in samples]
+    return {
+        **vars(cell),
+        "ratios": {name: ratios(samples, name, cell) for name in part},
+        "cpu_ratios": {name: ratios(samples, name, cell, cpu) for name in part},
+        "latency_ratios": {name: ratios(samples, name, cell, latency) for name in part},
+        "samples": {name: samples[name, cell] for name in part},
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> int:
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = harness.console()
     try:
         return run(arguments(), console)
     except BenchError as error:

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A block driver on one split queue, as small as it gets.
+//! A block driver on one queue, as small as it gets.
 //!
 //! It works like a guest driver does: it takes all completions there are, gives each slot its next request, publishes
 //! the available index once, and kicks once, if the device asks for it. Between two rounds it either blocks on the
-//! call eventfd (`Wait::Eventfd`, an interrupt-driven guest) or looks at the used index (`Wait::Polled`, a polling
+//! call eventfd (`Wait::Eventfd`, an interrupt-driven guest) or looks at the ring (`Wait::Polled`, a polling
 //! driver, which also tells the device not to send calls).
 
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::atomic::{fence, Ordering};
@@ -15,13 +15,8 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use crate::ram::Ram;
-use crate::wire::{feature, protocol, request, words, Connection};
-
-const DESC_NEXT: u16 = 1;
-const DESC_WRITE: u16 = 2;
-const DESC_INDIRECT: u16 = 4;
-const NO_INTERRUPT: u16 = 1;
-const NO_NOTIFY: u16 = 1;
+use crate::ring::{area_sizes, Areas, Format, Part, Ring, NEXT, WRITE};
+use crate::wire::{feature, protocol, request, words, Connection, Inflight};
 
 const SECTOR: u64 = 512;
 const HEADER: usize = 16;
@@ -34,6 +29,9 @@ const META_STATUS: usize = 128;
 /// Where guest RAM starts in guest-physical addresses: not 0, so that a mix-up of address kinds shows.
 const GUEST_BASE: u64 = 0x1_0000_0000;
 
+/// Longest wait for a back end that was lost.
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// Longest wait for a completion.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -42,7 +40,7 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 pub enum Wait {
     /// Block on the call eventfd.
     Eventfd,
-    /// Spin on the used index; calls are suppressed.
+    /// Spin on the ring; calls are suppressed.
     Polled,
 }
 
@@ -80,8 +78,16 @@ pub struct Job {
     pub indirect: bool,
     /// Accept VERSION_1 when offered.
     pub version_1: bool,
+    /// Accept INFLIGHT_SHMFD when offered.
+    pub inflight: bool,
+    /// Ask for RING_PACKED.
+    pub packed: bool,
+    /// Ask for IN_ORDER.
+    pub in_order: bool,
     /// Seed of the random positions.
     pub seed: u64,
+    /// Connect again when the back end is lost, trying at this distance.
+    pub reconnect: Option<Duration>,
 }
 
 /// What was seen.
@@ -99,6 +105,98 @@ pub struct Outcome {
     pub calls: u64,
 }
 
+/// What was agreed on with a back end.
+struct Terms {
+    connection: Connection,
+    features: u64,
+    protocol: u64,
+    capacity: u64,
+}
+
+impl Terms {
+    /// As QEMU: the memory is asked for once, and handed over before the rings start; a back end that takes another's
+    /// place gets what that one had.
+    fn track_inflight(&mut self, job: &Job, known: &mut Option<Inflight>) -> io::Result<()> {
+        if self.protocol & protocol::INFLIGHT_SHMFD == 0 {
+            return Ok(());
+        }
+        let inflight = match known.take() {
+            Some(inflight) => inflight,
+            None => self.connection.get_inflight(1, job.queue_size)?,
+        };
+        self.connection.set_inflight(known.insert(inflight))
+    }
+}
+
+fn negotiate(mut connection: Connection, job: &Job) -> io::Result<Terms> {
+    let offered = connection.get_u64(request::GET_FEATURES)?;
+    let mut accepted = 0;
+    let mut agreed = 0;
+    if offered & feature::PROTOCOL_FEATURES != 0 {
+        accepted |= feature::PROTOCOL_FEATURES;
+        let mut known = protocol::MQ | protocol::REPLY_ACK | protocol::CONFIG | protocol::STATUS;
+        known |= if job.inflight { protocol::INFLIGHT_SHMFD } else { 0 };
+        agreed = connection.get_u64(request::GET_PROTOCOL_FEATURES)? & known;
+        connection.set_u64(request::SET_PROTOCOL_FEATURES, agreed)?;
+        if agreed & protocol::REPLY_ACK != 0 {
+            connection.use_reply_ack();
+        }
+    }
+    connection.set(request::SET_OWNER, &[], &[])?;
+    if agreed & protocol::CONFIG == 0 {
+        return Err(io::Error::other(
+            "the back end has no GET_CONFIG, so the disk's size can't be known",
+        ));
+    }
+    let mut raw = [0u8; 8];
+    raw.copy_from_slice(&connection.config(0, 8)?);
+    let capacity = u64::from_le_bytes(raw) * SECTOR;
+    if capacity < job.block as u64 {
+        return Err(io::Error::other(format!("a disk of {capacity} bytes is too small")));
+    }
+    for (on, bit, name) in [
+        (job.packed, feature::RING_PACKED, "RING_PACKED"),
+        (job.in_order, feature::IN_ORDER, "IN_ORDER"),
+    ] {
+        if on && offered & bit == 0 {
+            return Err(io::Error::other(format!("the back end doesn't offer {name}")));
+        }
+    }
+    let wanted = [
+        // As every driver does that can flush: without it each write has to be on stable storage when it completes.
+        (true, feature::BLK_FLUSH),
+        (job.version_1, feature::VERSION_1),
+        (job.event_idx, feature::EVENT_IDX),
+        (job.indirect, feature::INDIRECT),
+        (job.packed, feature::RING_PACKED),
+        (job.in_order, feature::IN_ORDER),
+    ];
+    accepted |= wanted
+        .into_iter()
+        .fold(0, |sum, (on, bit)| if on { sum | bit } else { sum })
+        & offered;
+    connection.set_u64(request::SET_FEATURES, accepted)?;
+    if agreed & protocol::STATUS != 0 {
+        connection.set_u64(request::SET_STATUS, 11)?;
+    }
+    Ok(Terms {
+        connection,
+        features: accepted,
+        protocol: agreed,
+        capacity,
+    })
+}
+
+/// One line for whoever kills back ends: what happened, and when (CLOCK_MONOTONIC).
+fn tell(event: &str) {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: one timespec, ours alone.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let nanos = now.tv_sec * 1_000_000_000 + now.tv_nsec;
+    // Nobody may be listening, which is no reason to stop.
+    let _ = writeln!(io::stdout(), "{{\"event\":\"{event}\",\"ns\":{nanos}}}");
+}
+
 /// A running device.
 pub struct Driver {
     connection: Connection,
@@ -112,13 +210,16 @@ pub struct Driver {
     pub protocol: u64,
     /// Size of the disk in bytes.
     pub capacity: u64,
-    avail: usize,
-    used: usize,
+    /// Requests in flight survive the back end in here.
+    inflight: Option<Inflight>,
+    areas: Areas,
+    ring: Ring,
     slots: usize,
     data: usize,
-    event_idx: bool,
-    avail_idx: u16,
-    used_idx: u16,
+    /// Slots that were taken in this round.
+    done: Vec<usize>,
+    /// Slots that are in flight: a request that completes twice is a mistake to be found.
+    busy: Vec<bool>,
     kicks: u64,
     calls: u64,
     /// Sector of each slot's request.
@@ -134,51 +235,50 @@ impl Driver {
     /// # Errors
     /// The socket's errors, and anything the back end refuses or answers wrongly.
     pub fn start(socket: &Path, job: Job) -> io::Result<Self> {
-        let mut connection = Connection::open(socket)?;
-        let offered = connection.get_u64(request::GET_FEATURES)?;
-        let mut accepted = 0;
-        let mut agreed = 0;
-        if offered & feature::PROTOCOL_FEATURES != 0 {
-            accepted |= feature::PROTOCOL_FEATURES;
-            let known = protocol::MQ | protocol::REPLY_ACK | protocol::CONFIG | protocol::STATUS;
-            agreed = connection.get_u64(request::GET_PROTOCOL_FEATURES)? & known;
-            connection.set_u64(request::SET_PROTOCOL_FEATURES, agreed)?;
-            if agreed & protocol::REPLY_ACK != 0 {
-                connection.use_reply_ack();
-            }
-        }
-        connection.set(request::SET_OWNER, &[], &[])?;
-        if agreed & protocol::CONFIG == 0 {
-            return Err(io::Error::other(
-                "the back end has no GET_CONFIG, so the disk's size can't be known",
-            ));
-        }
-        let mut raw = [0u8; 8];
-        raw.copy_from_slice(&connection.config(0, 8)?);
-        let capacity = u64::from_le_bytes(raw) * SECTOR;
-        if capacity < job.block as u64 {
-            return Err(io::Error::other(format!("a disk of {capacity} bytes is too small")));
-        }
-        let mut wanted = 0;
-        for (on, bit) in [
-            (job.version_1, feature::VERSION_1),
-            (job.event_idx, feature::EVENT_IDX),
-            (job.indirect, feature::INDIRECT),
-        ] {
-            wanted |= if on { bit } else { 0 };
-        }
-        accepted |= offered & wanted;
-        connection.set_u64(request::SET_FEATURES, accepted)?;
-        if agreed & protocol::STATUS != 0 {
-            connection.set_u64(request::SET_STATUS, 11)?;
-        }
-
-        let mut driver = Self::lay_out(connection, job, accepted, agreed, capacity)?;
+        let mut terms = negotiate(Connection::open(socket)?, &job)?;
+        let mut inflight = None;
+        terms.track_inflight(&job, &mut inflight)?;
+        let mut driver = Self::lay_out(terms, job)?;
+        driver.inflight = inflight;
         driver.start_queue()?;
         Ok(driver)
     }
 
-    fn lay_out(connection: Connection, job: Job, features: u64, protocol: u64, capacity: u64) -> io::Result<Self> {
+    /// Connects again to a back end that was lost, trying every `pause`, and goes on where the ring is, as QEMU does with
+    /// reconnect-ms.
+    fn reconnect(&mut self, socket: &Path, pause: Duration) -> io::Result<()> {
+        let end = Instant::now() + RECONNECT_TIMEOUT;
+        // An attempt can reach the listener of the process that is just dying, so it fails at any message.
+        while let Err(error) = self.resume(socket) {
+            if Instant::now() > end {
+                return Err(error);
+            }
+            std::thread::sleep(pause);
+        }
+        // For what was made available while nobody was there.
+        self.kick.write(1)?;
+        tell("started");
+        Ok(())
+    }
+
+    fn resume(&mut self, socket: &Path) -> io::Result<()> {
+        let mut terms = negotiate(Connection::open(socket)?, &self.job)?;
+        tell("negotiated");
+        if (terms.features, terms.protocol) != (self.features, self.protocol) {
+            return Err(io::Error::other("the back end offers other features than before"));
+        }
+        terms.track_inflight(&self.job, &mut self.inflight)?;
+        self.connection = terms.connection;
+        self.start_queue()
+    }
+
+    fn lay_out(terms: Terms, job: Job) -> io::Result<Self> {
+        let Terms {
+            connection,
+            features,
+            protocol,
+            capacity,
+        } = terms;
         let indirect = features & feature::INDIRECT != 0;
         let needed = job.depth * if indirect { 1 } else { 3 };
         if needed > job.queue_size || job.depth == 0 {
@@ -187,14 +287,46 @@ impl Driver {
                 job.depth, job.queue_size
             )));
         }
-        let n = usize::from(job.queue_size);
+        let format = Format {
+            size: job.queue_size,
+            packed: features & feature::RING_PACKED != 0,
+            in_order: features & feature::IN_ORDER != 0,
+            event_idx: features & feature::EVENT_IDX != 0,
+        };
+        let (driver_size, device_size) = area_sizes(format);
         let depth = usize::from(job.depth);
-        let avail = 16 * n;
-        let used = (avail + 6 + 2 * n).next_multiple_of(PAGE);
-        let slots = (used + 6 + 8 * n).next_multiple_of(PAGE);
+        let driver = 16 * usize::from(job.queue_size);
+        let device = (driver + driver_size).next_multiple_of(PAGE);
+        let slots = (device + device_size).next_multiple_of(PAGE);
         let data = (slots + depth * SLOT_META).next_multiple_of(PAGE);
         let ram = Ram::new((data + depth * job.block).next_multiple_of(2 << 20))?;
-        let driver = Self {
+        let areas = Areas {
+            desc: 0,
+            driver,
+            device,
+        };
+        let address = |place: usize| GUEST_BASE + place as u64;
+        let (kind, data_flags) = if job.op == Op::In { (0, WRITE) } else { (1, 0) };
+        let requests = (0..depth)
+            .map(|slot| {
+                let meta = slots + slot * SLOT_META;
+                ram.u32(meta + META_HEADER).store(kind, Ordering::Relaxed);
+                let part = |place, len: usize, flags| Part {
+                    addr: address(place),
+                    len: len as u32,
+                    flags,
+                };
+                vec![
+                    part(meta + META_HEADER, HEADER, NEXT),
+                    part(data + slot * job.block, job.block, NEXT | data_flags),
+                    part(meta + META_STATUS, 1, WRITE),
+                ]
+            })
+            .collect();
+        let table = |slot: usize| (slots + slot * SLOT_META, address(slots + slot * SLOT_META));
+        let tables: Option<&dyn Fn(usize) -> (usize, u64)> = if indirect { Some(&table) } else { None };
+        let ring = Ring::new(&ram, areas, format, requests, tables);
+        Ok(Self {
             connection,
             ram,
             kick: EventFd::new(EFD_NONBLOCK)?,
@@ -202,56 +334,25 @@ impl Driver {
             features,
             protocol,
             capacity,
-            avail,
-            used,
+            inflight: None,
+            areas,
+            ring,
             slots,
             data,
-            event_idx: features & feature::EVENT_IDX != 0,
-            avail_idx: 0,
-            used_idx: 0,
+            done: Vec::with_capacity(depth),
+            busy: vec![false; depth],
             kicks: 0,
             calls: 0,
             sectors: vec![0; depth],
             started: vec![Instant::now(); depth],
             random: job.seed | 1,
             job,
-        };
-        for slot in 0..depth {
-            driver.lay_out_slot(slot, indirect);
-        }
-        Ok(driver)
+        })
     }
 
-    /// Writes a slot's descriptors: they stay as they are, only the sector changes from request to request.
-    fn lay_out_slot(&self, slot: usize, indirect: bool) {
-        let meta = self.slots + slot * SLOT_META;
-        let (table, first) = if indirect { (meta, 0) } else { (0, slot * 3) };
-        let kind: u32 = if self.job.op == Op::In { 0 } else { 1 };
-        self.ram.u32(meta + META_HEADER).store(kind, Ordering::Relaxed);
-        let data_flags = if self.job.op == Op::In { DESC_WRITE } else { 0 };
-        let parts = [
-            (meta + META_HEADER, HEADER, DESC_NEXT),
-            (
-                self.data + slot * self.job.block,
-                self.job.block,
-                DESC_NEXT | data_flags,
-            ),
-            (meta + META_STATUS, 1, DESC_WRITE),
-        ];
-        for (i, (place, len, flags)) in parts.into_iter().enumerate() {
-            let next = if flags & DESC_NEXT != 0 { first + i + 1 } else { 0 };
-            self.write_descriptor(table + (first + i) * 16, place, len, flags, next);
-        }
-        if indirect {
-            self.write_descriptor(slot * 16, meta, 48, DESC_INDIRECT, 0);
-        }
-    }
-
-    fn write_descriptor(&self, at: usize, place: usize, len: usize, flags: u16, next: usize) {
-        self.ram.u64(at).store(GUEST_BASE + place as u64, Ordering::Relaxed);
-        self.ram.u32(at + 8).store(len as u32, Ordering::Relaxed);
-        self.ram.u16(at + 12).store(flags, Ordering::Relaxed);
-        self.ram.u16(at + 14).store(next as u16, Ordering::Relaxed);
+    /// Whether the back end notes its requests in memory that outlives it.
+    pub fn tracks_inflight(&self) -> bool {
+        self.inflight.is_some()
     }
 
     fn start_queue(&mut self) -> io::Result<()> {
@@ -260,15 +361,17 @@ impl Driver {
         for value in [GUEST_BASE, self.ram.len() as u64, user, 0] {
             table.extend_from_slice(&value.to_le_bytes());
         }
-        self.suppress_or_request_call();
+        self.ring.ask(&self.ram, self.job.wait == Wait::Polled);
         let connection = &mut self.connection;
         connection.set(request::SET_MEM_TABLE, &table, &[self.ram.fd()])?;
         connection.set_vring(request::SET_VRING_NUM, 0, u32::from(self.job.queue_size))?;
-        connection.set_vring(request::SET_VRING_BASE, 0, 0)?;
+        connection.set_vring(request::SET_VRING_BASE, 0, self.ring.position())?;
         let mut addresses = words(&[0, 0]);
-        for value in [user, user + self.used as u64, user + self.avail as u64, 0] {
-            addresses.extend_from_slice(&value.to_le_bytes());
+        let Areas { desc, driver, device } = self.areas;
+        for place in [desc, device, driver] {
+            addresses.extend_from_slice(&(user + place as u64).to_le_bytes());
         }
+        addresses.extend_from_slice(&[0; 8]);
         connection.set(request::SET_VRING_ADDR, &addresses, &[])?;
         connection.set(request::SET_VRING_CALL, &0u64.to_le_bytes(), &[self.call.as_raw_fd()])?;
         connection.set(request::SET_VRING_KICK, &0u64.to_le_bytes(), &[self.kick.as_raw_fd()])?;
@@ -283,30 +386,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Tells the device when to call next: at the next completion, or (polled) never.
-    fn suppress_or_request_call(&self) {
-        let polled = self.job.wait == Wait::Polled;
-        if self.event_idx {
-            // Half the number circle away, and moved along with each round: never reached.
-            let event = if polled {
-                self.used_idx.wrapping_add(0x8000)
-            } else {
-                self.used_idx
-            };
-            let at = self.avail + 4 + 2 * usize::from(self.job.queue_size);
-            self.ram.u16(at).store(event, Ordering::Relaxed);
-        } else {
-            self.ram
-                .u16(self.avail)
-                .store(if polled { NO_INTERRUPT } else { 0 }, Ordering::Relaxed);
-        }
-    }
-
-    fn device_used_idx(&self) -> u16 {
-        self.ram.u16(self.used + 2).load(Ordering::Acquire)
-    }
-
-    /// Fills a slot with its next request and puts it on the available ring; `publish` makes it known.
+    /// Fills a slot with its next request and puts it on the ring; `publish` makes it known.
     fn submit(&mut self, slot: usize, now: Instant) {
         // xorshift64: the positions need no better.
         self.random ^= self.random << 13;
@@ -322,13 +402,8 @@ impl Driver {
         }
         self.sectors[slot] = sector;
         self.started[slot] = now;
-        let indirect = self.features & feature::INDIRECT != 0;
-        let head = if indirect { slot } else { slot * 3 };
-        let place = usize::from(self.avail_idx % self.job.queue_size);
-        self.ram
-            .u16(self.avail + 4 + 2 * place)
-            .store(head as u16, Ordering::Relaxed);
-        self.avail_idx = self.avail_idx.wrapping_add(1);
+        self.busy[slot] = true;
+        self.ring.push(&self.ram, slot);
     }
 
     fn prepare_data(&self, slot: usize, sector: u64) {
@@ -344,20 +419,9 @@ impl Driver {
         }
     }
 
-    /// Publishes the available index and kicks when the device wants it.
-    fn publish(&mut self, old: u16) -> io::Result<()> {
-        let new = self.avail_idx;
-        self.ram.u16(self.avail + 2).store(new, Ordering::Release);
-        // The index before the look at whether a kick is wanted.
-        fence(Ordering::SeqCst);
-        let wanted = if self.event_idx {
-            let at = self.used + 4 + 8 * usize::from(self.job.queue_size);
-            let event = self.ram.u16(at).load(Ordering::Relaxed);
-            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-        } else {
-            self.ram.u16(self.used).load(Ordering::Relaxed) & NO_NOTIFY == 0
-        };
-        if wanted {
+    /// Shows the device what was submitted, and kicks when it wants that.
+    fn publish(&mut self) -> io::Result<()> {
+        if self.ring.publish(&self.ram) {
             self.kick.write(1)?;
             self.kicks += 1;
         }
@@ -367,69 +431,80 @@ impl Driver {
     /// Waits until there is a completion.
     fn wait(&mut self) -> io::Result<()> {
         loop {
-            self.suppress_or_request_call();
-            // The request for a call before the look at the index.
+            self.ring.ask(&self.ram, self.job.wait == Wait::Polled);
+            // The request for a call before the look at the ring.
             fence(Ordering::SeqCst);
-            if self.device_used_idx() != self.used_idx {
+            if self.ring.has_used(&self.ram) {
                 return Ok(());
             }
             if self.job.wait == Wait::Eventfd {
                 self.wait_for_call()?;
             } else {
-                while self.device_used_idx() == self.used_idx {
+                while !self.ring.has_used(&self.ram) {
                     std::hint::spin_loop();
                 }
             }
         }
     }
 
-    /// Blocks until the call eventfd is written. poll and read rather than a blocking read: the flag that makes an
-    /// eventfd non-blocking belongs to both ends, and some back ends set it.
+    /// Blocks until the call eventfd is written, or the back end is gone. poll and read rather than a blocking read: the
+    /// flag that makes an eventfd non-blocking belongs to both ends, and some back ends set it.
     fn wait_for_call(&mut self) -> io::Result<()> {
-        let mut poll = libc::pollfd {
-            fd: self.call.as_raw_fd(),
+        let entry = |fd| libc::pollfd {
+            fd,
             events: libc::POLLIN,
             revents: 0,
         };
+        let mut poll = [entry(self.call.as_raw_fd()), entry(self.connection.as_raw_fd())];
+        // Looking at one fd is a little cheaper, and what counts when time does.
+        let count = if self.job.reconnect.is_some() { 2 } else { 1 };
         let limit = CALL_TIMEOUT.as_millis() as libc::c_int;
-        // SAFETY: one pollfd, ours alone.
-        match unsafe { libc::poll(&raw mut poll, 1, limit) } {
+        // SAFETY: at least `count` pollfds, ours alone.
+        match unsafe { libc::poll(poll.as_mut_ptr(), count, limit) } {
             0 => Err(io::Error::other(format!("no call for {} s", CALL_TIMEOUT.as_secs()))),
             n if n < 0 => Err(io::Error::last_os_error()),
-            _ => {
+            _ if poll[0].revents != 0 => {
                 self.calls += self.call.read()?;
                 Ok(())
             }
+            // Nothing is sent unasked on it.
+            _ => Err(io::ErrorKind::ConnectionReset.into()),
         }
     }
 
-    /// Takes the completions there are, calling `done` with each slot.
-    fn reap(&mut self, mut done: impl FnMut(&mut Self, usize)) -> io::Result<u64> {
-        let end = self.device_used_idx();
-        let count = end.wrapping_sub(self.used_idx);
-        if count > self.job.depth {
-            return Err(io::Error::other(format!(
-                "{count} completions of {} requests",
-                self.job.depth
-            )));
-        }
-        let indirect = self.features & feature::INDIRECT != 0;
-        while self.used_idx != end {
-            let place = self.used + 4 + 8 * usize::from(self.used_idx % self.job.queue_size);
-            let id = self.ram.u32(place).load(Ordering::Relaxed) as usize;
-            let len = self.ram.u32(place + 4).load(Ordering::Relaxed) as usize;
-            let slot = if indirect { id } else { id / 3 };
-            let expected = if self.job.op == Op::In { self.job.block + 1 } else { 1 };
-            if slot >= usize::from(self.job.depth) || len != expected {
+    /// Takes the completions there are; `done` has their slots afterwards. Nothing is submitted meanwhile: in a packed
+    /// ring that would be seen at once, and there might be no end.
+    fn reap(&mut self) -> io::Result<()> {
+        self.done.clear();
+        self.ring.look(&self.ram)?;
+        let expected = if self.job.op == Op::In { self.job.block + 1 } else { 1 };
+        while let Some((slot, len)) = self.ring.pop(&self.ram)? {
+            if len.is_some_and(|len| len as usize != expected) {
                 return Err(io::Error::other(format!(
-                    "used element: id {id}, length {len} for {expected}"
+                    "used element: slot {slot}, length {len:?} for {expected}"
                 )));
             }
+            if !std::mem::take(&mut self.busy[slot]) {
+                return Err(io::Error::other(format!("request {slot} completed twice")));
+            }
             self.check(slot)?;
-            self.used_idx = self.used_idx.wrapping_add(1);
-            done(self, slot);
+            self.done.push(slot);
         }
-        Ok(u64::from(count))
+        Ok(())
+    }
+
+    /// Gives the slots that were taken their next requests.
+    fn refill(&mut self, now: Instant, begin: Option<Instant>, latencies: &mut Vec<u32>) -> io::Result<()> {
+        for at in 0..self.done.len() {
+            let slot = self.done[at];
+            // What was on its way while the CPU time was looked up would look slower than it was.
+            if begin.is_some_and(|begin| self.started[slot] >= begin) {
+                let nanos = (now - self.started[slot]).as_nanos();
+                latencies.push(u32::try_from(nanos).unwrap_or(u32::MAX));
+            }
+            self.submit(slot, now);
+        }
+        self.publish()
     }
 
     fn check(&self, slot: usize) -> io::Result<()> {
@@ -463,7 +538,11 @@ impl Driver {
     ///
     /// # Errors
     /// What goes wrong on the way, among it a wrong status, length or content.
-    pub fn run(&mut self, cpu: impl Fn() -> io::Result<Option<f64>>) -> io::Result<(Outcome, Option<f64>)> {
+    pub fn run(
+        &mut self,
+        socket: &Path,
+        cpu: impl Fn() -> io::Result<Option<f64>>,
+    ) -> io::Result<(Outcome, Option<f64>)> {
         let mut used = None;
         let mut outcome = Outcome {
             latencies: Vec::with_capacity(1 << 20),
@@ -473,26 +552,32 @@ impl Driver {
         for slot in 0..usize::from(self.job.depth) {
             self.submit(slot, now);
         }
-        self.publish(0)?;
+        self.publish()?;
         let (warm, mut end) = (now + self.job.warmup, now + self.job.warmup + self.job.time);
         let mut begin: Option<Instant> = None;
+        let mut resumed = false;
         while now < end {
-            self.wait()?;
-            now = Instant::now();
-            let old = self.avail_idx;
-            let latencies = &mut outcome.latencies;
-            let measuring = begin.is_some();
-            let count = self.reap(|driver, slot| {
-                // What was on its way while the CPU time was looked up would look slower than it was.
-                if begin.is_some_and(|begin| driver.started[slot] >= begin) {
-                    let nanos = (now - driver.started[slot]).as_nanos();
-                    latencies.push(u32::try_from(nanos).unwrap_or(u32::MAX));
+            match (self.wait(), self.job.reconnect) {
+                (Err(error), Some(pause)) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    tell("lost");
+                    // What it completed last, it may not have called for; the next one goes on behind that.
+                    self.reap()?;
+                    self.refill(Instant::now(), begin, &mut outcome.latencies)?;
+                    self.reconnect(socket, pause)?;
+                    resumed = true;
+                    continue;
                 }
-                driver.submit(slot, now);
-            })?;
-            self.publish(old)?;
+                (result, _) => result?,
+            }
+            now = Instant::now();
+            let measuring = begin.is_some();
+            self.reap()?;
+            if std::mem::take(&mut resumed) {
+                tell("completed");
+            }
+            self.refill(now, begin, &mut outcome.latencies)?;
             if measuring {
-                outcome.requests += count;
+                outcome.requests += self.done.len() as u64;
             } else if now >= warm {
                 used = cpu()?;
                 // Looking took its time.
@@ -514,9 +599,9 @@ impl Driver {
     }
 
     fn drain(&mut self) -> io::Result<()> {
-        while self.used_idx != self.avail_idx {
+        while self.ring.in_flight() > 0 {
             self.wait()?;
-            self.reap(|_, _| {})?;
+            self.reap()?;
         }
         self.connection.get(request::GET_VRING_BASE, &words(&[0, 0]))?;
         Ok(())

@@ -5,6 +5,7 @@
 
 mod driver;
 mod ram;
+mod ring;
 mod wire;
 
 use std::io::{self, Write};
@@ -16,7 +17,8 @@ use driver::{Driver, Job, Op, Outcome, Wait};
 
 const USAGE: &str = "usage: vhu-bench --socket PATH [--pid N] [--mode eventfd|polled] [--op read|write] [--depth N]
     [--block BYTES] [--seconds S] [--warmup S] [--queue-size N] [--seed N] [--no-event-idx] [--no-indirect]
-    [--no-version-1] [--verify]";
+    [--no-version-1] [--no-inflight] [--packed] [--in-order] [--verify]
+    [--reconnect-ms N]";
 
 struct Options {
     socket: PathBuf,
@@ -37,6 +39,10 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
         event_idx: true,
         indirect: true,
         version_1: true,
+        inflight: true,
+        packed: false,
+        in_order: false,
+        reconnect: None,
         seed: 0x9e37_79b9_7f4a_7c15,
     };
     let (mut socket, mut pid) = (None, None);
@@ -68,6 +74,10 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
             "--no-event-idx" => job.event_idx = false,
             "--no-indirect" => job.indirect = false,
             "--no-version-1" => job.version_1 = false,
+            "--no-inflight" => job.inflight = false,
+            "--packed" => job.packed = true,
+            "--in-order" => job.in_order = true,
+            "--reconnect-ms" => job.reconnect = Some(Duration::from_millis(number(&option, &value()?)?)),
             "--verify" => job.verify = true,
             _ => return Err(format!("unknown option {option}")),
         }
@@ -77,6 +87,9 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
     }
     if !job.queue_size.is_power_of_two() || job.queue_size > 1024 {
         return Err(format!("--queue-size {}: a power of two up to 1024", job.queue_size));
+    }
+    if job.reconnect.is_some() && job.wait == Wait::Polled {
+        return Err("--reconnect-ms: who polls the ring doesn't see a connection end; --mode eventfd".into());
     }
     let socket = socket.ok_or("--socket is missing")?;
     Ok(Options { socket, pid, job })
@@ -146,13 +159,14 @@ fn report(driver: &Driver, job: &Job, mut outcome: Outcome, cpu: Option<f64>) ->
         _ => "null".into(),
     };
     format!(
-        "{{\"mode\":\"{mode}\",\"op\":\"{op}\",\"depth\":{},\"block\":{},\"verified\":{},\"features\":{},\
+        "{{\"mode\":\"{mode}\",\"op\":\"{op}\",\"depth\":{},\"block\":{},\"verified\":{},\"inflight\":{},\"features\":{},\
          \"protocol_features\":{},\"capacity\":{},\"requests\":{},\"seconds\":{elapsed:.6},\"iops\":{iops:.1},\
          \"latency_ns\":{{\"min\":{},\"median\":{},\"p99\":{},\"max\":{}}},\"kicks\":{},\"calls\":{},\
          \"cpu_seconds_per_million\":{per_million}}}",
         job.depth,
         job.block,
         job.verify,
+        driver.tracks_inflight(),
         driver.features,
         driver.protocol,
         driver.capacity,
@@ -175,7 +189,7 @@ fn run(options: &Options) -> io::Result<String> {
             .map_err(|e| io::Error::other(format!("{what}: {e}"))),
         None => Ok(None),
     };
-    let (outcome, used) = driver.run(|| cpu("CPU time"))?;
+    let (outcome, used) = driver.run(&options.socket, || cpu("CPU time"))?;
     Ok(report(&driver, &options.job, outcome, used))
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The front end's half of a vhost-user connection: as much as a block device needs.
 
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -35,16 +36,21 @@ pub mod request {
     pub const SET_PROTOCOL_FEATURES: u32 = 16;
     pub const SET_VRING_ENABLE: u32 = 18;
     pub const GET_CONFIG: u32 = 24;
+    pub const GET_INFLIGHT_FD: u32 = 31;
+    pub const SET_INFLIGHT_FD: u32 = 32;
     pub const SET_STATUS: u32 = 39;
 }
 
 /// Feature bits that this front end knows.
 pub mod feature {
     #![allow(missing_docs)]
+    pub const BLK_FLUSH: u64 = 1 << 9;
     pub const INDIRECT: u64 = 1 << 28;
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     pub const VERSION_1: u64 = 1 << 32;
+    pub const RING_PACKED: u64 = 1 << 34;
+    pub const IN_ORDER: u64 = 1 << 35;
 }
 
 /// Protocol feature bits that this front end knows.
@@ -53,7 +59,15 @@ pub mod protocol {
     pub const MQ: u64 = 1;
     pub const REPLY_ACK: u64 = 1 << 3;
     pub const CONFIG: u64 = 1 << 9;
+    pub const INFLIGHT_SHMFD: u64 = 1 << 12;
     pub const STATUS: u64 = 1 << 16;
+}
+
+/// Where a back end notes what it has in flight: its own memory, which the front end keeps for it.
+pub struct Inflight {
+    fd: File,
+    /// Size, offset, number of queues and their size, as the back end gave them.
+    description: Vec<u8>,
 }
 
 /// One connection.
@@ -75,6 +89,11 @@ impl Connection {
             stream,
             reply_ack: false,
         })
+    }
+
+    /// The socket, to be waited for.
+    pub fn as_raw_fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
     }
 
     /// From now on each message without an answer of its own asks for an acknowledgement.
@@ -104,10 +123,22 @@ impl Connection {
     }
 
     fn receive(&mut self, request: u32) -> io::Result<Vec<u8>> {
+        self.receive_with_fd(request).map(|(payload, _)| payload)
+    }
+
+    fn receive_with_fd(&mut self, request: u32) -> io::Result<(Vec<u8>, Option<File>)> {
         let context = |what: &str| io::Error::other(format!("answer to message {request}: {what}"));
         let mut header = [0u8; HEADER];
+        // An fd comes with the first byte.
+        let (got, fd) = self
+            .stream
+            .recv_with_fd(&mut header)
+            .map_err(|e| context(&io::Error::from(e).to_string()))?;
+        if got == 0 {
+            return Err(context("the back end has closed the connection"));
+        }
         self.stream
-            .read_exact(&mut header)
+            .read_exact(&mut header[got..])
             .map_err(|e| context(&e.to_string()))?;
         let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         let (number, flags, size) = (word(0), word(4), word(8) as usize);
@@ -118,7 +149,35 @@ impl Connection {
         self.stream
             .read_exact(&mut payload)
             .map_err(|e| context(&e.to_string()))?;
-        Ok(payload)
+        Ok((payload, fd))
+    }
+
+    /// Asks for memory to note requests in flight in.
+    ///
+    /// # Errors
+    /// The socket's errors, and an answer without such memory.
+    pub fn get_inflight(&mut self, queues: u16, size: u16) -> io::Result<Inflight> {
+        // Size and offset are the back end's to fill in; the struct ends with 4 bytes of padding.
+        let mut payload = vec![0u8; 16];
+        payload.extend_from_slice(&words(&[u32::from(queues) | u32::from(size) << 16, 0]));
+        self.send(request::GET_INFLIGHT_FD, 0, &payload, &[])?;
+        match self.receive_with_fd(request::GET_INFLIGHT_FD)? {
+            (description, Some(fd)) if description.len() == payload.len() => Ok(Inflight { fd, description }),
+            (description, fd) => Err(io::Error::other(format!(
+                "answer to GET_INFLIGHT_FD: {} bytes, {} fd",
+                description.len(),
+                if fd.is_some() { "with an" } else { "without an" }
+            ))),
+        }
+    }
+
+    /// Hands it back, before the rings start.
+    ///
+    /// # Errors
+    /// As [`Connection::set`].
+    pub fn set_inflight(&mut self, inflight: &Inflight) -> io::Result<()> {
+        let fd = inflight.fd.as_raw_fd();
+        self.set(request::SET_INFLIGHT_FD, &inflight.description, &[fd])
     }
 
     /// Sends a message that has no answer of its own, and waits for the acknowledgement when there is one.

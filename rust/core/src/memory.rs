@@ -671,7 +671,22 @@ impl MemoryMap {
     /// Appends the host memory of guest range `[guest, guest + len)` to `buffers`; false when part of it is not
     /// memory. A buffer may cross from one region into the next.
     #[inline]
-    pub fn append(&self, mut guest: u64, mut len: u64, hint: &mut usize, buffers: &mut Buffers) -> bool {
+    pub fn append(&self, guest: u64, len: u64, hint: &mut usize, buffers: &mut Buffers) -> bool {
+        // Nearly every buffer lies in the region of the one before, as a whole.
+        if let Some(region) = self.regions.get(*hint) {
+            let skip = guest.wrapping_sub(region.guest);
+            if skip < region.size && len.wrapping_sub(1) < region.size - skip && self.shows(region) {
+                // SAFETY: skip < region.size, and the region is mapped as a whole.
+                let host = unsafe { region.host.add(skip as usize) };
+                buffers.push(host, len as usize);
+                return true;
+            }
+        }
+        self.append_across(guest, len, hint, buffers)
+    }
+
+    #[inline(never)]
+    fn append_across(&self, mut guest: u64, mut len: u64, hint: &mut usize, buffers: &mut Buffers) -> bool {
         while len > 0 {
             let Some(region) = self.find(guest, hint) else {
                 return false;
