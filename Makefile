@@ -14,6 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUST_MINIMUM := 1.87
+FUZZ_SECONDS ?= 10
 
 # The tests of the native module's crate need no Python, so a machine without libpython's development files can link them.
 export PYO3_BUILD_EXTENSION_MODULE := 1
@@ -24,7 +25,7 @@ STEP := step() { printf '\n==> %s\n' "$$*"; }; step
 # Everything the native module and the installed package are made of.
 NATIVE_INPUTS = Cargo.toml Cargo.lock pyproject.toml $(shell find rust benches -name Cargo.toml -o -name '*.rs' | LC_ALL=C sort)
 
-.PHONY: help setup system rust venv native images demo test bench matrix clean
+.PHONY: help setup system rust venv native images demo test fuzz bench matrix clean
 
 help: ## this text
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -139,6 +140,8 @@ test: test-tools ## everything CI runs: format, lints, types, Rust and Python te
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	$(STEP) "cargo nextest"
 	cargo nextest run --locked --workspace
+	$(STEP) "fuzzing, $(FUZZ_SECONDS) s a target"
+	fuzz/run.sh $(FUZZ_SECONDS)
 	$(STEP) "stubtest"
 	$(BIN)/python -m mypy.stubtest vhu_legacy._native
 	$(STEP) "mypy"
@@ -149,6 +152,9 @@ test: test-tools ## everything CI runs: format, lints, types, Rust and Python te
 	$(STEP) "pytest"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(STEP) "all passed"
+
+fuzz: rust ## the fuzz targets, FUZZ_SECONDS each (default 10)
+	@fuzz/run.sh $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 # What the plot needs: the extra `bench` of pyproject.toml.
 .PHONY: bench-tools
@@ -185,4 +191,4 @@ matrix: native ## all kernels x driver modes x QEMUs; JUnit XML in matrix.xml
 	@$(BIN)/vhu-legacy matrix --junit matrix.xml $(MATRIX_ARGS)
 
 clean: ## remove what was built here (not the cache of guest images)
-	@rm -rf $(VENV) target build dist vhu_legacy/_native*.so matrix.xml
+	@rm -rf $(VENV) target fuzz/target fuzz/artifacts build dist vhu_legacy/_native*.so matrix.xml
