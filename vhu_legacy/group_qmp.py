@@ -201,6 +201,8 @@ DEVICE: Final[Mapping[str, Type]] = {
     "isr": INT,
     "msix": Object({"enabled": BOOL, "vectors": INT}),
     "poll-us": INT,
+    "inflight-tracking": BOOL,
+    "dirty-log": BOOL,
     "queues": Array(QUEUE),
     "memory": Array(Object({"guest-address": INT, "size": INT, "user-address": INT, "mmap-offset": INT})),
     "config": ANY,
@@ -413,7 +415,7 @@ async def serve_qmp(group: Group, *, task_status: trio.TaskStatus[None] = trio.T
         values = {"id": event.member, **kebab(event.data)}
         server.emit(name, {key: value for key, value in values.items() if key in known})
 
-    group.qmp_listener = server.listener_fd
+    group.qmp = server
     server.keep_path = lambda: group.left
     end = group.subscribe(forward)
     try:

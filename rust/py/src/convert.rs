@@ -31,11 +31,13 @@ const BLK_FEATURES: [(u32, &str); 9] = [
     (13, "DISCARD"),
     (14, "WRITE_ZEROES"),
 ];
-const PROTOCOL_FEATURES: [(u32, &str); 7] = [
+const PROTOCOL_FEATURES: [(u32, &str); 9] = [
     (0, "MQ"),
+    (1, "LOG_SHMFD"),
     (3, "REPLY_ACK"),
     (5, "BACKEND_REQ"),
     (9, "CONFIG"),
+    (12, "INFLIGHT_SHMFD"),
     (13, "RESET_DEVICE"),
     (15, "CONFIGURE_MEM_SLOTS"),
     (16, "STATUS"),
@@ -184,6 +186,8 @@ pub fn info<'py>(py: Python<'py>, member: &vhu_core::member::Member) -> PyResult
     msix.set_item("vectors", member.vectors())?;
     dict.set_item("msix", msix)?;
     dict.set_item("poll_us", member.poll().as_micros())?;
+    dict.set_item("inflight_tracking", info.inflight_tracking)?;
+    dict.set_item("dirty_log", info.dirty_log)?;
     dict.set_item("assigned_features", info.assigned)?;
     dict.set_item("config_generation", info.config_generation)?;
     dict.set_item("memory", memory)?;

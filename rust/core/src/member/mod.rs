@@ -559,6 +559,10 @@ pub struct Info {
     pub assigned: Option<u64>,
     /// Changes of the configuration so far, modulo 256.
     pub config_generation: u8,
+    /// Whether the front end keeps a record of what is in flight.
+    pub inflight_tracking: bool,
+    /// Whether pages that are written are logged.
+    pub dirty_log: bool,
 }
 
 impl Member {
@@ -1504,6 +1508,8 @@ impl Member {
             msix_enabled: registers.lines.msix_enabled,
             assigned: registers.assigned,
             config_generation: registers.config_generation,
+            inflight_tracking: registers.inflight.is_some(),
+            dirty_log: registers.active_log().is_some(),
             memory: registers
                 .map
                 .regions()
