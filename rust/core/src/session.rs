@@ -670,11 +670,11 @@ impl Session {
     }
 
     /// The description of an in-flight region, with or without padding.
-    fn inflight(payload: &[u8]) -> std::result::Result<VhostUserInflight, Fault> {
+    fn inflight(code: FrontendReq, payload: &[u8]) -> std::result::Result<VhostUserInflight, Fault> {
         let padded = size_of::<VhostUserInflight>();
         if payload.len() != INFLIGHT_BYTES && payload.len() != padded {
             let reason = format!(
-                "an in-flight region described in {} bytes; {INFLIGHT_BYTES} or {padded} are right",
+                "{code:?} with {} bytes of payload; {INFLIGHT_BYTES} or {padded} are right",
                 payload.len()
             );
             return Err(Fault::new("message.size", reason));
@@ -684,7 +684,7 @@ impl Session {
 
     /// Makes memory for the records of what is in flight; the front end keeps it.
     fn get_inflight(member: &Member, payload: &[u8]) -> Handled {
-        let mut wanted = Self::inflight(payload)?;
+        let mut wanted = Self::inflight(FrontendReq::GET_INFLIGHT_FD, payload)?;
         let (queues, size) = (wanted.num_queues, wanted.queue_size);
         if !(1..=member.device().queues()).contains(&queues) || !(1..=MAX_QUEUE_SIZE).contains(&size) {
             return Err(Fault::new(
@@ -703,7 +703,7 @@ impl Session {
     }
 
     fn set_inflight(member: &Member, payload: &[u8], fd: Option<&PeerFd>) -> Handled {
-        let given = Self::inflight(payload)?;
+        let given = Self::inflight(FrontendReq::SET_INFLIGHT_FD, payload)?;
         let fd = fd.ok_or_else(|| Fault::new("message.fds", "an in-flight region without its fd"))?;
         let region = member
             .pool()

@@ -793,6 +793,46 @@ impl PackedRing {
 mod tests {
     use super::*;
 
+    /// All of it for small rings, against places counted without end.
+    #[test]
+    fn places_of_small_rings() {
+        for size in 1..=7u16 {
+            let n = u32::from(size);
+            let place = |count: u32| Place {
+                index: (count % n) as u16,
+                wrap: (count / n).is_multiple_of(2),
+            };
+            for from in 2 * n..6 * n {
+                assert_eq!(Place::from_bits(place(from).bits()), place(from));
+                for count in 0..=size {
+                    let to = from + u32::from(count);
+                    assert_eq!(
+                        place(from).advance(count, size),
+                        place(to),
+                        "{from} + {count} of {size}"
+                    );
+                    assert_eq!(place(to).retreat(count, size), place(from), "{to} - {count} of {size}");
+                }
+                for ahead in 0..2 * n {
+                    assert_eq!(
+                        place(from + ahead).since(place(from), size),
+                        ahead,
+                        "{from} + {ahead} of {size}"
+                    );
+                }
+                for flags in [0, DESC_F_AVAIL, DESC_F_USED, DESC_F_AVAIL | DESC_F_USED] {
+                    let (here, next) = (place(from), place(from + n));
+                    // Used in one lap, available in the next: nobody may take one for the other.
+                    assert!(!(here.is_available(flags) && here.is_used(flags)));
+                    assert_eq!(
+                        here.is_used(flags),
+                        flags == here.used_flags() || next.is_available(flags)
+                    );
+                }
+            }
+        }
+    }
+
     #[test]
     fn places_count_over_two_laps() {
         for size in [1u16, 2, 3, 7, 256, MAX_SIZE] {
