@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -28,7 +28,9 @@ from .frontend import (
     CONFIG,
     DESCRIPTOR,
     INDIRECT,
+    INFLIGHT,
     IOERR,
+    LOG,
     NEXT,
     NO_FD,
     OK,
@@ -41,6 +43,7 @@ from .frontend import (
     Connection,
     ConnectionLost,
     F,
+    InflightRegion,
     P,
     R,
     Refused,
@@ -169,8 +172,8 @@ raw("unknown-request-99", "message.unknown")(99)
 raw("unknown-request-0", "message.unknown")(0)
 raw("unknown-request-max", "message.unknown")(0xFFFF_FFFF)
 raw("unknown-request-with-fds", "message.unknown")(99, b"x" * 100, fds=eventfds(5))
-raw("known-but-not-implemented", "message.unknown")(R.GET_INFLIGHT_FD, bytes(16))
-raw("known-but-not-implemented-with-fd", "message.unknown")(R.SET_LOG_BASE, bytes(16), fds=memfd(4096))
+raw("known-but-not-implemented", "message.unknown")(R.SEND_RARP, bytes(8))
+raw("known-but-not-implemented-with-fd", "message.unknown")(R.POSTCOPY_ADVISE, fds=memfd(4096))
 raw("version-0", "message.version")(R.GET_FEATURES, flags=0)
 raw("version-2", "message.version")(R.GET_FEATURES, flags=2)
 raw("marked-as-a-reply", "message.flags")(R.GET_FEATURES, flags=1 | 4)
@@ -214,7 +217,7 @@ for _value in (0, 3, 2048, 0x1_0001, 0xFFFF_FFFF):
     raw(f"queue-size-{_value:#x}", "vring.size")(R.SET_VRING_NUM, STATE.pack(0, _value))
 raw("base-65536", "vring.base")(R.SET_VRING_BASE, STATE.pack(0, 65536))
 raw("enable-2", "vring.enable")(R.SET_VRING_ENABLE, STATE.pack(0, 2))
-raw("ring-address-flags", "vring.flags")(R.SET_VRING_ADDR, ADDRESSES.pack(0, 1, 0, 0, 0, 0))
+raw("ring-address-flags", "vring.flags")(R.SET_VRING_ADDR, ADDRESSES.pack(0, 2, 0, 0, 0, 0))
 raw("size-changed-while-running", "vring.running", started=True)(R.SET_VRING_NUM, STATE.pack(0, 32))
 raw("base-changed-while-running", "vring.running", started=True)(R.SET_VRING_BASE, STATE.pack(0, 32))
 raw("addresses-changed-while-running", "vring.running", started=True)(
@@ -225,7 +228,7 @@ raw("ring-features-changed-while-running", "features.running", started=True)(
     R.SET_FEATURES, U64.pack(bits(F.VERSION_1, F.PROTOCOL_FEATURES))
 )
 raw("protocol-features-not-offered", "protocol-features.not-offered")(
-    R.SET_PROTOCOL_FEATURES, U64.pack(bits(P.CONFIG, P.INFLIGHT))
+    R.SET_PROTOCOL_FEATURES, U64.pack(bits(P.CONFIG, P.PAGEFAULT))
 )
 raw("status-of-9-bits", "status")(R.SET_STATUS, U64.pack(256))
 raw("channel-is-a-pipe", "backend-channel")(R.SET_BACKEND_REQ_FD, fds=pipe)
@@ -281,6 +284,120 @@ def one_byte_now_and_then(driver: BlkDriver) -> None:
         driver.connection.send_raw(WHOLE[at : at + 1])
         time.sleep(0.7)
         assert time.monotonic() - begin < 12, "it would wait for ever"
+
+
+# --- memory beside the guest's ---------------------------------------------------------------------------------------
+
+
+def inflight(name: str, rule: str, payload: bytes, fds: Callable[[ExitStack], list[int]]) -> None:
+    raw(f"inflight-{name}", rule)(R.SET_INFLIGHT_FD, payload, fds=fds)
+
+
+for _queues, _size in [(0, 16), (2, 16), (0xFFFF, 16), (1, 0), (1, MAX_QUEUE_SIZE + 1), (1, 0xFFFF)]:
+    raw(f"inflight-memory-for-{_queues}-queues-of-{_size}", "inflight.queues")(
+        R.GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, _queues, _size)
+    )
+for _length in (0, 16, 19, 25, 32):
+    raw(f"inflight-asked-for-in-{_length}-bytes", "message.size")(R.GET_INFLIGHT_FD, bytes(_length))
+    raw(f"inflight-given-in-{_length}-bytes", "message.size")(R.SET_INFLIGHT_FD, bytes(_length), fds=memfd(1 << 16))
+raw("inflight-asked-for-with-an-fd", "message.fds")(R.GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, 1, 16), fds=memfd(1 << 16))
+raw("inflight-given-without-its-fd", "message.fds")(R.SET_INFLIGHT_FD, INFLIGHT.pack(1 << 16, 0, 1, 16))
+raw("inflight-given-while-running", "inflight.running", started=True)(
+    R.SET_INFLIGHT_FD, INFLIGHT.pack(1 << 16, 0, 1, 16), fds=memfd(1 << 16)
+)
+inflight("for-no-queue", "inflight.queues", INFLIGHT.pack(1 << 16, 0, 0, 16), memfd(1 << 16))
+inflight("of-no-bytes", "memory.region-size", INFLIGHT.pack(0, 0, 1, 16), memfd(1 << 16))
+inflight("misaligned", "inflight.alignment", INFLIGHT.pack(4096, 4, 1, 16), memfd(1 << 16))
+inflight("file-too-short", "memory.fd-short", INFLIGHT.pack((1 << 16) + 1, 0, 1, 16), memfd(1 << 16))
+inflight("file-too-short-for-the-offset", "memory.fd-short", INFLIGHT.pack(1 << 16, 8, 1, 16), memfd(1 << 16))
+inflight("of-exabytes", "memory.fd-short", INFLIGHT.pack(1 << 62, 0, 1, 16), memfd(1 << 16))
+inflight("that-wraps", "memory.region-wrap", INFLIGHT.pack((1 << 64) - 8, 4096, 1, 16), memfd(1 << 16))
+inflight("is-an-eventfd", "memory.fd-kind", INFLIGHT.pack(4096, 0, 1, 16), eventfds(1))
+inflight("is-a-pipe", "memory.fd-kind", INFLIGHT.pack(4096, 0, 1, 16), pipe)
+inflight("is-a-device", "memory.fd-kind", INFLIGHT.pack(4096, 0, 1, 16), dev_null)
+
+
+def record(
+    name: str,
+    rule: str,
+    write: Callable[[InflightRegion], object],
+    *,
+    size: int = 1 << 14,
+) -> None:
+    """A case of what the record of a split ring says when it starts."""
+
+    def start(driver: BlkDriver) -> None:
+        start_with_record(driver, InflightRegion.make(size, 1, QUEUE_SIZE), write)
+
+    case(rule, started=False, name=f"record-{name}")(start)
+
+
+def start_with_record(driver: BlkDriver, region: InflightRegion, write: Callable[[InflightRegion], object]) -> None:
+    driver.region = region
+    write(region)
+    driver.make_rings()
+    driver.set_features()
+    driver.share_region()
+    driver.share_memory()
+    driver.start_ring(0)
+    driver.connection.barrier()
+
+
+def split_record(
+    *, version: int = 1, size: int = QUEUE_SIZE, last: int = 0, used: int = 0, in_flight: Sequence[int] = ()
+) -> Callable[[InflightRegion], None]:
+    def write(region: InflightRegion) -> None:
+        region.write(region.SPLIT_HEADER, region.start_of(0), 0, version, size, last, used)
+        for head in in_flight:
+            region.write(region.SPLIT_ENTRY, region.entry_at(head), 1, 0, head)
+
+    return write
+
+
+record("of-version-2", "inflight.version", split_record(version=2))
+record("of-version-65535", "inflight.version", split_record(version=0xFFFF))
+record("of-another-size", "inflight.size", split_record(size=QUEUE_SIZE // 2, in_flight=[3]))
+record("of-a-used-index-ahead", "inflight.used-index", split_record(used=1, in_flight=[3]))
+record("of-a-used-index-far-behind", "inflight.used-index", split_record(used=0xFF00, in_flight=[3]))
+record("of-a-last-batch-beyond", "inflight.index", split_record(last=QUEUE_SIZE, used=0xFFFE, in_flight=[3]))
+record("of-random-bytes", "inflight.version", lambda region: os.pwrite(region.fd, b"\xa5" * region.size, 0))
+
+
+@case("memory.truncated", after="open", started=False)
+def record_truncated(driver: BlkDriver) -> None:
+    """Ours is sealed; this one is the front end's own."""
+    start_with_record(driver, InflightRegion.make(1 << 14, 1, QUEUE_SIZE), lambda _: None)
+    driver.read(0, 512)
+    os.ftruncate(driver.region.fd if driver.region else -1, 0)
+    driver.submit(T.IN, in_size=512)
+    driver.rings[0].publish(kick=True)
+
+
+def log_message(name: str, rule: str, payload: bytes, fds: Callable[[ExitStack], list[int]] | None) -> None:
+    raw(f"log-{name}", rule, started=True)(R.SET_LOG_BASE, payload, fds=fds)
+
+
+LOG_SIZE = (0x4000_0000 + (4 << 20)) // 4096 // 8
+"""Bytes of a log for the driver's memory."""
+log_message("too-small", "log.size", LOG.pack(LOG_SIZE - 1, 0), memfd(1 << 18))
+log_message("of-no-bytes", "memory.region-size", LOG.pack(0, 0), memfd(1 << 18))
+log_message("file-too-short", "memory.fd-short", LOG.pack(LOG_SIZE, 0), memfd(LOG_SIZE - 1))
+log_message("file-too-short-for-the-offset", "memory.fd-short", LOG.pack(LOG_SIZE, 4096), memfd(LOG_SIZE))
+log_message("of-exabytes", "memory.fd-short", LOG.pack(1 << 62, 0), memfd(1 << 18))
+log_message("that-wraps", "memory.region-wrap", LOG.pack((1 << 64) - 8, 4096), memfd(1 << 18))
+log_message("is-an-eventfd", "memory.fd-kind", LOG.pack(LOG_SIZE, 0), eventfds(1))
+log_message("is-a-pipe", "memory.fd-kind", LOG.pack(LOG_SIZE, 0), pipe)
+log_message("without-its-fd", "message.fds", LOG.pack(LOG_SIZE, 0), None)
+raw("log-fd-missing", "message.fds", started=True)(R.SET_LOG_FD)
+
+
+@case("memory.truncated", after="open")
+def log_truncated(driver: BlkDriver) -> None:
+    log = driver.start_log()
+    driver.read(0, 512)
+    os.ftruncate(log.fd, 0)
+    driver.submit(T.IN, in_size=512)
+    driver.rings[0].publish(kick=True)
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -755,7 +872,8 @@ def test_bad_input(group: RunningGroup, bystander: Bystander, number: int) -> No
     assert len(group.wait_logged(member, "broken")) == 1, group.log_lines(member)
     broken_line = group.log_lines(member, "broken")[0]
     assert broken_line.count(f"{one.rule}: ") == 1, broken_line
-    wait_until(lambda: group.open_fds() == fds, what="closing all fds")
+    # fewer: something of the case before this one was still being closed on a thread of its own
+    wait_until(lambda: group.open_fds() <= fds, what="closing all fds")
     others = [state for state in group.execute("query-members") if state["id"] != member]
     assert not [state for state in others if state["id"] > member and state["broken"]]
     if one.image == "file":

@@ -60,6 +60,8 @@ GOOD = """
     queues = 3
     queue_size = 128
     packed = true
+    in_order = true
+    shared = true
     vectors = 4
     read_only = true
     blk_size = 512
@@ -74,6 +76,7 @@ GOOD = """
     queues = 4
     vfio_user = true
     packed = true
+    in_order = true
     vectors = 2048
 
     [[members]]
@@ -82,6 +85,8 @@ GOOD = """
     legacy = false
     queue_size = 1024
     blk_size = 4096
+    shared = true
+    poll_us = 1000
 
     [[members]]
     id = 10
@@ -97,12 +102,28 @@ def test_everything_that_can_be_said(group_dir: Path) -> None:
     assert config.run_dir is None
     assert not config.notify_region
     assert config.switches == CompatConfig(True, False, False, True)
-    assert config.owner == OwnerConfig("blk", str(group_dir / "pf.raw"), 2, True, True, 3, 128, True, 4, 512, "pf")
-    function: dict[str, Any] = {"queues": 4, "packed": True, "vectors": 2048, "vfio_user": True}
+    assert config.owner == OwnerConfig(
+        "blk",
+        str(group_dir / "pf.raw"),
+        admin_queues=2,
+        vfio_user=True,
+        read_only=True,
+        queues=3,
+        queue_size=128,
+        packed=True,
+        in_order=True,
+        shared=True,
+        vectors=4,
+        blk_size=512,
+        serial="pf",
+    )
+    function: dict[str, Any] = {"queues": 4, "packed": True, "in_order": True, "vectors": 2048, "vfio_user": True}
     assert config.members == (
         MemberConfig(1, "blk", str(group_dir / "disk1.raw"), serial="disk-1", **function),
         MemberConfig(2, "blk", str(group_dir / "disk2.raw"), serial="disk-2", **function),
-        MemberConfig(3, "blk", f"ram:{64 * MIB}", queue_size=1024, legacy=False, blk_size=4096),
+        MemberConfig(
+            3, "blk", f"ram:{64 * MIB}", queue_size=1024, legacy=False, blk_size=4096, shared=True, poll_us=1000
+        ),
         MemberConfig(10, "blk", f"null:{1 << 30}", read_only=True),
     )
 
@@ -184,6 +205,11 @@ MISTAKES: list[tuple[str, str | None, str | None, str, str | None]] = [
     (OWNER + 'legacy = true', "[owner]", "legacy", "unknown key", "image"),
     (RAM + 'vectors = -1\nvfio_user = true', FIRST, "vectors", "found -1", "0 to 2048"),
     (RAM + 'vectors = true\nvfio_user = true', FIRST, "vectors", "found true", "integer"),
+    (RAM + 'poll_us = 1001', FIRST, "poll_us", "found 1001", "0 to 1000"),
+    (RAM + 'poll_us = -1', FIRST, "poll_us", "found -1", "0 to 1000"),
+    (RAM + 'poll_us = 0.5', FIRST, "poll_us", "found 0.5", "integer"),
+    (RAM + 'poll_us = true', FIRST, "poll_us", "found true", "integer"),
+    (OWNER + 'poll_us = 50', "[owner]", "poll_us", "unknown key", "queues"),
     (RAM + 'packed = "no"', FIRST, "packed", 'found "no"', "true or false"),
     (RAM + 'vfio_user = 0', FIRST, "vfio_user", "found 0", "true or false"),
     (RAM + 'vfio-user = true', FIRST, "vfio-user", "mean vfio_user", None),

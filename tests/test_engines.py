@@ -109,8 +109,14 @@ def features(group: RunningGroup) -> Any:
     found = []
     for member in (WRITABLE, READ_ONLY, QUEUES, RAM):
         with connect(group, member) as driver:
-            found.append(hex(driver.connection.get_u64(R.GET_FEATURES)))
+            found.append(hex(driver.connection.get_u64(R.GET_FEATURES) & ~bits(F.LOG_ALL)))
     return found
+
+
+@probe
+def logging(group: RunningGroup) -> Any:
+    with connect(group, WRITABLE) as driver:
+        return bool(driver.connection.get_u64(R.GET_FEATURES) >> F.LOG_ALL & 1)
 
 
 @probe
@@ -418,10 +424,21 @@ PROBES["bad_size"] = bad_message(lambda c: c.set(R.SET_FEATURES, bytes(9)))
 
 PERMITTED: dict[str, tuple[Any, Any, str]] = {
     "protocol_features": (
-        [P.MQ, P.REPLY_ACK, P.BACKEND_REQ, P.CONFIG, P.RESET_DEVICE, P.CONFIGURE_MEM_SLOTS, P.STATUS],
+        [
+            P.MQ,
+            P.LOG_SHMFD,
+            P.REPLY_ACK,
+            P.BACKEND_REQ,
+            P.CONFIG,
+            P.INFLIGHT,
+            P.RESET_DEVICE,
+            P.CONFIGURE_MEM_SLOTS,
+            P.STATUS,
+        ],
         [P.MQ, P.REPLY_ACK, P.CONFIG, P.RESET_DEVICE, P.CONFIGURE_MEM_SLOTS],
-        "the crates have no GET_STATUS and SET_STATUS, and can't send CONFIG_CHANGE",
+        "the crates have no GET_STATUS and SET_STATUS, can't send CONFIG_CHANGE, and the adapter keeps no records",
     ),
+    "logging": (True, False, "the adapter has no log"),
     "config_space_out_of_range": (
         ["", "", ""],
         ["00" * 12, "c8" + "00" * 11, "0001" + "00" * 10],

@@ -165,10 +165,11 @@ async def test_a_new_member_is_as_configured(work: Path) -> None:
     async with open_group(config(work, ram(1))) as served, over_qmp(served) as client:
         await client.member_modify(1, features=VERSION_1)
         await client.member_del(1)
-        await client.member_add(type="blk", image="ram:1MiB", id=1, packed=True, vectors=4)
+        await client.member_add(type="blk", image="ram:1MiB", id=1, packed=True, vectors=4, poll_us=50)
         info = await client.query_member(1)
         assert info["assigned-features"] is None
         assert info["msix"] == {"enabled": False, "vectors": 4}
+        assert info["poll-us"] == 50
         assert await offered(served.socket_path(1)) & FLUSH
 
 

@@ -19,6 +19,8 @@ from .frontend import (
     ADDRESSES,
     BLK_HEADER,
     CONFIG,
+    INFLIGHT,
+    LOG,
     NO_FD,
     OK,
     STATE,
@@ -39,7 +41,17 @@ from .frontend import (
     wait_until,
 )
 
-PROTOCOL_FEATURES = bits(P.MQ, P.REPLY_ACK, P.BACKEND_REQ, P.CONFIG, P.RESET_DEVICE, P.CONFIGURE_MEM_SLOTS, P.STATUS)
+PROTOCOL_FEATURES = bits(
+    P.MQ,
+    P.LOG_SHMFD,
+    P.REPLY_ACK,
+    P.BACKEND_REQ,
+    P.CONFIG,
+    P.INFLIGHT,
+    P.RESET_DEVICE,
+    P.CONFIGURE_MEM_SLOTS,
+    P.STATUS,
+)
 SIZE = 1 << 20
 MEMBER = 1
 TWO_QUEUES = 2
@@ -112,6 +124,7 @@ def test_features(connection: Connection) -> None:
         F.DISCARD,
         F.WRITE_ZEROES,
         F.NOTIFY_ON_EMPTY,
+        F.LOG_ALL,
         F.ANY_LAYOUT,
         F.INDIRECT,
         F.EVENT_IDX,
@@ -191,6 +204,10 @@ SAMPLES = [
     Sample(R.ADD_MEM_REG, U64.pack(0) + A_REGION.pack(), lambda fds: fds.memfd),
     Sample(R.SET_STATUS, U64.pack(1)),
     Sample(R.GET_STATUS, answered=True),
+    Sample(R.SET_LOG_BASE, LOG.pack(1 << 17, 0), lambda fds: fds.memfd, answered=True),
+    Sample(R.SET_LOG_FD, b"", lambda fds: fds.eventfd),
+    Sample(R.GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, 1, 256), answered=True),
+    Sample(R.SET_INFLIGHT_FD, INFLIGHT.pack(1 << 16, 0, 1, 256), lambda fds: fds.memfd),
 ]
 SAMPLE_IDS = [sample.request.name for sample in SAMPLES]
 
@@ -988,6 +1005,8 @@ def test_member_says_who_is_connected(group: RunningGroup, driver: BlkDriver) ->
     assert info["peer-pid"] == os.getpid()
     assert info["state"] == "running"
     assert info["protocol-features"]["value"] == PROTOCOL_FEATURES
+    assert len(info["protocol-features"]["names"]) == PROTOCOL_FEATURES.bit_count()
+    assert not [name for name in info["protocol-features"]["names"] if name.startswith("BIT_")]
     assert info["status"]["names"] == ["ACKNOWLEDGE", "DRIVER", "DRIVER_OK", "FEATURES_OK"]
     (queue,) = info["queues"]
     assert (queue["size"], queue["max-size"], queue["running"]) == (16, 256, True)
