@@ -908,7 +908,8 @@ async def test_every_answer_and_event_is_what_the_schema_says(work: Path) -> Non
         ):
             assert expected in seen
         commands = {name for name, entry in schema.types.items() if entry["meta-type"] == "command"}
-        assert commands == schema.checked & commands
+        # `upgrade` needs a process that can go: tests/test_upgrade.py
+        assert commands - {"upgrade"} == schema.checked & commands
 
 
 async def ask_all_of_the_owner(ask: Callable[..., Awaitable[Any]]) -> None:

@@ -85,7 +85,9 @@ class Member:
         """A virtio-blk member. `image` is a path of a raw file, "ram:SIZE" or "null:SIZE" with SIZE in bytes.
 
         packed: packed rings are offered; in_order: IN_ORDER is;
-        shared: other processes may have the image open for writing; vectors: image_fd: an image that a predecessor has open, taken over with its lock; vectors: their MSI-X table size (default queues + 1, 0: no MSI-X);
+        shared: other processes may have the image open for writing;
+        image_fd: the image, which a predecessor has open, taken over with its lock;
+        vectors: their MSI-X table size (default queues + 1, 0: no MSI-X);
         poll_us: how long an empty queue may be polled, at most (0 to 1000, 0: not at all).
         Raises ImageError, ValueError.
         """

@@ -29,8 +29,9 @@ import trio
 from . import _native
 from .channel import Channel, ConnectionEnd, Message, TornMessage
 from .doorbells import EventHub
+from .errors import MemberError
 
-__all__ = ["ConnectionStatistics", "HeldConnection", "VhostUserServer"]
+__all__ = ["ConnectionStatistics", "Held", "HeldConnection", "VhostUserServer"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,21 @@ class HeldConnection:
     rings: list[Message]
     """Its rings, likewise."""
 
+    def close(self) -> None:
+        """Close the descriptors of the messages."""
+        for message in (*self.state, *self.rings):
+            _native.discard(_fds_of(message))
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A member's sockets on their way to a successor, but for the listener. They stay the holder's."""
+
+    connection: HeldConnection | None
+    """The attached front end's."""
+    unattached: list[int]
+    """Of front ends that were accepted and not attached yet. Nothing has been read from them."""
+
 
 class _Connection:
     """One attached front end."""
@@ -99,6 +115,14 @@ class _Connection:
         self.held: trio.Event | None = None
         """While a successor is taking over: no message is begun until this is set."""
         self.rested: trio.Event | None = None
+        self.ended = False
+        """No more messages are handled; it detaches, or has done so."""
+        self.frozen = False
+        """Its rings are stopped for a hand-over."""
+        self.freezing: int | None = None
+        """The completion that they have, while that is still to come."""
+        self.thawed: trio.Event | None = None
+        """While its rings are about to be started again, after a hand-over that came to nothing."""
         self.left = False
         """A successor has it."""
 
@@ -118,14 +142,13 @@ class _Connection:
             if self.rested is not None and not self.working:
                 self.rested.set()
 
-    async def hold(self) -> bool:
-        """Let no message begin, and wait for those that have; False when that takes too long."""
-        self.held = trio.Event()
+    async def hold(self) -> None:
+        """Let no message begin, and wait for those that have."""
+        if self.held is None:
+            self.held = trio.Event()
         self.rested = trio.Event()
-        with trio.move_on_after(_HOLD_PATIENCE):
-            while self.working:
-                await self.rested.wait()
-        return not self.working
+        if self.working:
+            await self.rested.wait()
 
     def go_on(self) -> None:
         """The end of `hold`."""
@@ -157,10 +180,17 @@ class VhostUserServer:
         self._quiet_until = -math.inf
         self._listener: trio.socket.SocketType | None = None
         self._accepting: trio.CancelScope | None = None
+        self._nursery: trio.Nursery | None = None
         self._held: trio.Event | None = None
+        """While a successor is taking over: nothing is accepted or attached until this is set."""
         self._left = False
+        """The sockets are another process's: nothing is to be removed, or said to a front end."""
+        self._unattached: dict[Channel, trio.CancelScope] = {}
         self._tell_config = False
         self._taken_over: tuple[Channel, _native.Session, Channel | None] | None = None
+        self._taken_unattached: list[Channel] = []
+        self.untouched = False
+        """After a failed `take_over`: no ring was started."""
 
     def statistics(self) -> ConnectionStatistics:
         """Numbers of the moment."""
@@ -193,17 +223,18 @@ class VhostUserServer:
                 listener.listen(_MAX_WAITING)
                 async with trio.open_nursery() as nursery:
                     self._listener = listener
+                    self._nursery = nursery
                     task_status.started()
-                    if self._taken_over is not None:
-                        nursery.start_soon(self._serve_taken_over, *self._taken_over)
+                    self._start_taken_over(nursery)
                     while True:
+                        while self._held is not None:
+                            # who connects meanwhile waits for the successor, or for us
+                            await self._held.wait()
                         with trio.CancelScope() as self._accepting:
                             await self._accept(listener, nursery)
                         self._accepting = None
-                        if self._held is not None:
-                            # who connects meanwhile waits for the successor, or for us
-                            await self._held.wait()
             finally:
+                self._listener = self._nursery = None
                 # Only what was bound here: somebody may have put another socket in its place.
                 with contextlib.suppress(OSError):
                     now = self._path.lstat()
@@ -235,14 +266,23 @@ class VhostUserServer:
                 self._refused += 1
                 Channel(sock).close()
                 continue
-            nursery.start_soon(self._serve, Channel(sock))
+            self._start_serving(Channel(sock), nursery)
+
+    def _start_serving(self, channel: Channel, nursery: trio.Nursery) -> None:
+        scope = self._unattached[channel] = trio.CancelScope()
+        nursery.start_soon(self._serve, channel, scope)
 
     async def _attach(self, channel: Channel) -> _native.Session | None:
         """A session, when the member is or becomes free within a moment."""
         self._waiting += 1
         try:
-            with trio.move_on_after(_BUSY_PATIENCE):
+            with trio.move_on_after(_BUSY_PATIENCE) as scope:
                 while True:
+                    while self._held is not None:
+                        # whoever serves the member in the end starts with it anew
+                        scope.deadline = math.inf
+                        await self._held.wait()
+                        scope.deadline = trio.current_time() + _BUSY_PATIENCE
                     freed = self._freed
                     try:
                         return _native.Session(self._member)
@@ -262,20 +302,20 @@ class VhostUserServer:
         logger.warning("member %d: front end (pid %s) refused: %s", self._member.id, channel.peer_pid(), reason)
         return None
 
-    async def _serve(self, channel: Channel) -> None:
+    async def _serve(self, channel: Channel, scope: trio.CancelScope) -> None:
         """One connection, from accept to detach. Never raises for anything a peer can do."""
+        session = None
         try:
-            session = await self._attach(channel)
-        except BaseException:
-            channel.close()
-            raise
-        if session is None:
-            channel.close()
-            return
-        await self._serve_session(channel, session, None)
-
-    async def _serve_taken_over(self, channel: Channel, session: _native.Session, reverse: Channel | None) -> None:
-        await self._serve_session(channel, session, reverse)
+            with scope:
+                session = await self._attach(channel)
+        finally:
+            del self._unattached[channel]
+            if session is None:
+                if self._left or scope.cancel_called:
+                    channel.leave()
+                channel.close()
+        if session is not None:
+            await self._serve_session(channel, session, None)
 
     async def _serve_session(self, channel: Channel, session: _native.Session, reverse: Channel | None) -> None:
         connection = self._connection = _Connection(channel, session)
@@ -296,7 +336,7 @@ class VhostUserServer:
             try:
                 await self._detach(connection)
             finally:
-                if connection.left:
+                if connection.left or self._left:
                     channel.leave()
                 channel.close()
 
@@ -320,6 +360,8 @@ class VhostUserServer:
             session.fail(error.rule, str(error).removeprefix(f"{error.rule}: "))
         except (OSError, trio.ClosedResourceError) as error:
             connection.reason = f"connection broke: {error}"
+        finally:
+            connection.ended = True
 
     async def _handle(self, connection: _Connection, message: Message, nursery: trio.Nursery) -> bool:
         """One message; False when the connection is to be closed."""
@@ -376,7 +418,7 @@ class VhostUserServer:
         except (OSError, trio.ClosedResourceError) as error:
             logger.info("member %d: back-end channel: %s", self._member.id, error)
         finally:
-            if connection.left:
+            if connection.left or self._left:
                 reverse.leave()
             reverse.close()
             if connection.reverse is reverse:
@@ -413,7 +455,7 @@ class VhostUserServer:
                 self._connection = None
             self._freed.set()
             self._freed = trio.Event()
-        if not connection.left:
+        if not (connection.left or self._left):
             self._on_event("disconnected", self._member.id, {"reason": connection.reason})
 
     async def _drain(self, connection: _Connection, token: int) -> None:
@@ -443,83 +485,171 @@ class VhostUserServer:
 
     # --- a successor takes over ---------------------------------------------------------------------------
 
-    async def hold(self) -> HeldConnection | None:
+    async def hold(self, *, force: bool = False) -> Held:
         """Accept no more connections, and stop the attached front end's rings at a message boundary, to hand it over.
 
-        None when no front end is attached, or the attached one can't be handed over (it is disconnected then, and may
-        connect again, to the successor). `go_on` or `leave` has to follow.
+        Raises MemberError when the front end can't be handed over, or its requests in flight take too long; everything
+        goes on then, as it does after a cancellation. With `force` one of the first kind is disconnected. Otherwise one
+        of `go_on`, `lose`, `take_back` and `leave` has to follow.
         """
         self._held = trio.Event()
         if self._accepting is not None:
             self._accepting.cancel()
-        connection = self._connection
-        if connection is None or connection.scope.cancel_called:
-            return None
-        session = connection.session
-        reason = "it is in the middle of a message"
-        if await connection.hold():
+        try:
+            with trio.fail_after(_HOLD_PATIENCE):
+                connection = await self._hold_connection(force)
+        except trio.TooSlowError:
+            talking = self._connection is not None and self._connection.working
+            what = "a message of its front end isn't finished" if talking else "requests of its front end are in flight"
+            self.go_on(None)
+            reason = f"can't be handed over: {what} after {_HOLD_PATIENCE:g} s"
+            raise MemberError(self._member.id, reason) from None
+        except BaseException:
+            self.go_on(None)
+            raise
+        return Held(connection, [channel.fileno() for channel in self._unattached])
+
+    async def _hold_connection(self, force: bool) -> HeldConnection | None:
+        while (connection := self._connection) is not None:
+            if connection.thawed is not None:
+                await connection.thawed.wait()
+            if not (connection.ended or connection.scope.cancel_called):
+                await connection.hold()
+            if connection.ended or connection.scope.cancel_called:
+                # what its rings have in flight ends here, before anybody else uses the image
+                await self._freed.wait()
+                continue
             try:
-                with trio.fail_after(_HOLD_PATIENCE):
-                    token = session.freeze()
-                    if token is not None:
-                        await self._hub.wait_done(token)
-                        session.resume(token)
-                    state, rings = session.snapshot()
-                return HeldConnection(
-                    connection.channel.fileno(),
-                    None if connection.reverse is None else connection.reverse.fileno(),
-                    session.config_read,
-                    session.config_pending,
-                    [Message(*message) for message in state],
-                    [Message(*message) for message in rings],
-                )
-            except trio.TooSlowError:
-                reason = f"requests are in flight for {_HOLD_PATIENCE:g} s"
+                return await self._freeze(connection)
             except (_native.NativeError, OSError) as error:
                 reason = str(error)
-        logger.warning("member %d: its front end can't be handed over and is disconnected: %s", self._member.id, reason)
-        connection.go_on()
-        await self.disconnect("the process is being replaced")
+            if not force:
+                raise MemberError(self._member.id, f"its front end can't be handed over: {reason}; or use force")
+            logger.warning("member %d: its front end is disconnected, not handed over: %s", self._member.id, reason)
+            await self.disconnect("the process is being replaced")
         return None
 
-    async def go_on(self, held: HeldConnection | None, *, moved: bool) -> None:
-        """The end of `hold`: there is no successor. One that may have begun to serve the connection (`moved`) has left the
-        rings in a state that only the front end can tell, so it is disconnected, and can connect again."""
+    async def _freeze(self, connection: _Connection) -> HeldConnection:
+        session = connection.session
+        if not connection.frozen:
+            connection.freezing = session.freeze()
+            connection.frozen = True
+        if connection.freezing is not None:
+            await self._hub.wait_done(connection.freezing)
+            session.resume(connection.freezing)
+            connection.freezing = None
+        state, rings = session.snapshot()
+        return HeldConnection(
+            connection.channel.fileno(),
+            None if connection.reverse is None else connection.reverse.fileno(),
+            session.config_read,
+            session.config_pending,
+            [Message(*message) for message in state],
+            [Message(*message) for message in rings],
+        )
+
+    def go_on(self, held: Held | None) -> None:
+        """The end of `hold`: there is no successor, and there was none. Returns at once."""
         connection = self._connection
-        if connection is not None and held is not None:
-            try:
-                if not moved:
-                    for message in held.rings:
-                        await self._replay(connection.session, message)
-                        message.fds.clear()
-            except (_native.NativeError, OSError) as error:
-                logger.warning("member %d: its rings can't be started again: %s", self._member.id, error)
-                moved = True
+        if connection is not None and connection.thawed is None:
+            rings = None
+            if held is not None and held.connection is not None:
+                rings = held.connection.rings[:]
+                held.connection.rings.clear()
+            if not connection.frozen or connection.ended:
+                connection.go_on()
+            elif self._nursery is None:
+                connection.scope.cancel()
+            else:
+                connection.thawed = trio.Event()
+                # not here: requests in flight may take long, and nobody but this front end has to wait for them
+                self._nursery.start_soon(self._thaw, connection, rings)
+        self._release()
+
+    async def _thaw(self, connection: _Connection, rings: list[Message] | None) -> None:
+        """Start the rings again, and receive messages."""
+        try:
+            if rings is None:
+                held = await self._freeze(connection)
+                rings = held.rings[:]
+                held.rings.clear()
+                held.close()
+            for message in rings:
+                await self._replay(connection.session, message)
+        except (_native.NativeError, OSError) as error:
+            logger.warning("member %d: its rings can't be started again: %s", self._member.id, error)
+            connection.reason = str(error)
+            connection.scope.cancel()
+        finally:
+            for message in rings or ():
+                _native.discard(_fds_of(message))
+            connection.frozen = False
             connection.go_on()
-            if moved:
-                await self.disconnect("the process that was to replace this one has failed")
+            if connection.thawed is not None:
+                connection.thawed.set()
+                connection.thawed = None
+
+    async def lose(self) -> None:
+        """The end of `hold`: the successor had begun to serve, and is gone. How far it got only the front end can tell,
+        so it is disconnected, and can connect again."""
+        await self.disconnect("the process that was to replace this one has failed")
+        self._release()
+
+    async def take_back(self, held: Held) -> None:
+        """The end of `hold`: the successor returns what was handed over. The descriptors are ours.
+
+        Raises NativeError: as `lose`.
+        """
+        for scope in self._unattached.values():
+            scope.cancel()
+        connection = self._connection
+        if connection is not None:
+            connection.left = True
+            connection.scope.cancel()
+            while self._connection is connection:
+                await self._freed.wait()
+        try:
+            await self.take_over(held, ours=True)
+        finally:
+            if self._nursery is not None:
+                self._start_taken_over(self._nursery)
+            self._release()
+
+    def _release(self) -> None:
         if self._held is not None:
             self._held.set()
             self._held = None
 
     def leave(self) -> None:
-        """A successor has listener and connection: let go of both without a word to anybody. The task that runs `run`
+        """A successor has listener and connections: let go of them without a word to anybody. The task that runs `run`
         is to be cancelled next."""
         self._left = True
         connection = self._connection
         if connection is not None:
-            connection.left = True
             connection.scope.cancel()
 
+    def own(self) -> None:
+        """The predecessor has left: listener and connections are ours alone."""
+        self._left = False
+
     def listener_fd(self) -> int | None:
-        """The listening socket's descriptor, which stays ours; None before there is one."""
+        """The listening socket's descriptor, which stays ours; None before there is one, and after it has failed."""
         return None if self._listener is None else self._listener.fileno()
 
-    async def take_over(self, held: HeldConnection) -> None:
-        """Go on with a predecessor's connection as soon as `run` runs. The descriptors are ours, whatever happens.
+    async def take_over(self, held: Held, *, ours: bool = False) -> None:
+        """Go on with a predecessor's connections as soon as `run` runs. The descriptors are ours, whatever happens.
 
-        Raises NativeError when its state makes no sense here; the front end is disconnected then.
+        Until `own` the sockets are the predecessor's, too, unless they are `ours`. Raises NativeError when the state of
+        the connection makes no sense here; nothing was said to the front end then, and if `untouched` says so, nothing
+        was done for it.
         """
+        self.untouched = True
+        self._left = not ours
+        self._taken_unattached = [Channel.from_fd(fd) for fd in held.unattached]
+        if held.connection is not None:
+            await self._take_over_connection(held.connection)
+
+    async def _take_over_connection(self, held: HeldConnection) -> None:
         channel = Channel.from_fd(held.connection)
         reverse = None if held.reverse is None else Channel.from_fd(held.reverse)
         session = None
@@ -534,24 +664,36 @@ class VhostUserServer:
             if held.config_read:
                 session.set_config_read()
             for number, message in enumerate(messages):
+                if number == len(messages) - len(held.rings):
+                    # rings run from some message on
+                    self.untouched = False
                 await self._replay(session, message)
-                messages[number] = Message(b"", b"", [])
         except BaseException:
+            for message in messages:
+                _native.discard(_fds_of(message))
             if session is not None:
                 token = session.detach()
                 if token is not None:
                     with trio.CancelScope(shield=True, deadline=trio.current_time() + _DRAIN_PATIENCE):
                         await self._hub.wait_done(token)
                         session.resume(token)
-            channel.close()
+            channel.leave()
             if reverse is not None:
-                reverse.close()
+                reverse.leave()
             raise
         self._taken_over = (channel, session, reverse)
         self._tell_config = held.config_pending
 
+    def _start_taken_over(self, nursery: trio.Nursery) -> None:
+        if self._taken_over is not None:
+            nursery.start_soon(self._serve_session, *self._taken_over)
+            self._taken_over = None
+        for channel in self._taken_unattached:
+            self._start_serving(channel, nursery)
+        self._taken_unattached = []
+
     async def _replay(self, session: _native.Session, message: Message) -> None:
-        outcome = session.handle(message.header, message.payload, message.fds)
+        outcome = session.handle(message.header, message.payload, _fds_of(message))
         while outcome.pending is not None:
             await self._hub.wait_done(outcome.pending)
             outcome = session.resume(outcome.pending)
@@ -577,3 +719,10 @@ def _from_fd(fd: int) -> trio.socket.SocketType:
     sock = socket.socket(fileno=fd)
     sock.setblocking(False)
     return trio.socket.from_stdlib_socket(sock)
+
+
+def _fds_of(message: Message) -> list[int]:
+    """Take the descriptors out of a message."""
+    fds = list(message.fds)
+    message.fds.clear()
+    return fds

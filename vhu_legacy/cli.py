@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from .client import GroupClient
-    from .config import OwnerConfig
+    from .config import GroupConfig, OwnerConfig
     from .upgrade import TakeOver
 
 T = TypeVar("T")
@@ -489,6 +489,8 @@ async def _serve_group(
     from .supervisor import HANDED_OVER
 
     damaged: list[GroupError] = []
+    parent = os.getppid()
+    left = False
 
     def unused_images(name: str, directory: Path) -> Collection[int]:
         # A look before the run directory is ours; it is read again then.
@@ -498,6 +500,16 @@ async def _serve_group(
             damaged.append(error)
             return ()
         return () if kept is None else kept.unused_images
+
+    async def read() -> GroupConfig:
+        result = await trio.to_thread.run_sync(check, file, unused_images)
+        if result.config is None:
+            if damaged:
+                raise damaged[0]
+            raise ConfigError(result.problems)
+        for warning in result.warnings:
+            log.warning("%s", warning)
+        return result.config
 
     async def stop_on_signal(*, task_status: trio.TaskStatus[None]) -> None:
         # nohup has SIGHUP ignored; otherwise the end of a terminal is no reason to leave sockets behind
@@ -512,10 +524,10 @@ async def _serve_group(
         async with trio.open_nursery() as inner:
             await inner.start(serve_qmp, group)
             if predecessor is not None:
-                await predecessor.serving()
+                await predecessor.serving(group)
                 log.info("%d members are taken over", len(group.member_ids))
                 if how.supervisor is not None:
-                    inner.start_soon(end_with, how.supervisor)
+                    inner.start_soon(end_with, how.supervisor, group)
             elif how.announce:
                 click.echo(json.dumps(ready_line(group)))
             else:
@@ -525,31 +537,37 @@ async def _serve_group(
             await group.stopping.wait()
             inner.cancel_scope.cancel()
 
-    async def end_with(supervisor: int) -> None:
+    async def end_with(supervisor: int, group: Group) -> None:
         from .supervisor import die_with_parent
 
-        # the predecessor goes next, and with it whatever it would have us die of
-        while os.getppid() != supervisor:
+        # the predecessor goes next, and leaves us to the supervisor, unless that is gone
+        while (now := os.getppid()) == parent:
             await trio.sleep(0.01)
-        die_with_parent(supervisor)
+        if now == supervisor:
+            die_with_parent(supervisor)
+        else:
+            log.error("process %d, the supervisor, is gone: stopping", supervisor)
+            group.request_stop()
 
     async with trio.open_nursery() as nursery:
         # first of all: a signal during a long start ends it cleanly, too
         await nursery.start(stop_on_signal)
-        result = await trio.to_thread.run_sync(check, file, unused_images)
-        if result.config is None:
-            if damaged:
-                raise damaged[0]
-            raise ConfigError(result.problems)
-        for warning in result.warnings:
-            log.warning("%s", warning)
+        if predecessor is not None:
+            # what the group file says by now is for the next start
+            config = await predecessor.begin()
+        else:
+            config = await read()
         async with open_group(
-            result.config, run_dir=run_dir, engine=cast(Engine, engine), fresh=how.fresh, predecessor=predecessor
+            config, run_dir=run_dir, engine=cast(Engine, engine), fresh=how.fresh, predecessor=predecessor
         ) as group:
-            await until_asked(group)
-        if group.left and how.supervisor is not None:
-            raise SystemExit(HANDED_OVER)
+            try:
+                await until_asked(group)
+            finally:
+                left = group.left
         nursery.cancel_scope.cancel()
+    # also when told to stop: the supervisor has to tell the one that serves
+    if left and how.supervisor is not None:
+        raise SystemExit(HANDED_OVER)
 
 
 def ready_line(group: Any) -> dict[str, Any]:

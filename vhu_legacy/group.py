@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 if TYPE_CHECKING:
+    from .qmp import QMPServer
     from .upgrade import TakeOver
 
 Engine = Literal["native", "rust-vmm"]
@@ -302,14 +303,15 @@ class Group:
         """A new process is about to take over: members can't be changed."""
         self.left = False
         """A new process serves all of it."""
-        self.successor_pid: int | None = None
         self.lock_fd = -1
         """The lock file's descriptor, while the run directory is ours."""
         self.qmp_fd: int | None = None
         """The listening socket for QMP that a predecessor has handed over; None: it is to be bound."""
-        self.qmp_listener: Callable[[], int] = lambda: -1
-        """The descriptor of the listening socket for QMP."""
+        self.qmp: QMPServer | None = None
+        """The server on it."""
         self.supervisor_pid: int | None = None
+        self._operations = 0
+        self._settled = trio.Event()
         self._patient_until = -math.inf
         """How long an image may be in use by what is left of a killed process."""
         try:
@@ -741,7 +743,7 @@ class Group:
             # who is cancelled together with the group is told that, and nothing else
             await trio.lowlevel.checkpoint_if_cancelled()
             raise GroupError("the group is stopping")
-        if self.handing_over:
+        if self.handing_over or self.left:
             raise GroupError("a new process is taking over the group; try again in a moment")
         done = trio.Event()
         results: list[outcome.Maybe[T]] = []
@@ -754,8 +756,11 @@ class Group:
             else:
                 results.append(outcome.Value(value))
             finally:
+                self._operations -= 1
+                self._settled.set()
                 done.set()
 
+        self._operations += 1
         self._nursery.start_soon(run)
         await done.wait()
         if not results:
@@ -1027,6 +1032,59 @@ class Group:
             owner.stopped.set()
 
     # --- for `upgrade` ------------------------------------------------------------------------------------
+
+    async def settled(self) -> None:
+        """Wait until no operation on members goes on. The caller sees to it that none begins."""
+        while self._operations:
+            self._settled = trio.Event()
+            await self._settled.wait()
+
+    async def shielded(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """Run an operation of which only the end of the group is the end. When it is followed by that of the group, and
+        nobody is left to say so, it is said here."""
+        result: list[T] = []
+        errors: list[GroupError] = []
+
+        async def watch(scope: trio.CancelScope) -> None:
+            await self.stopping.wait()
+            scope.cancel()
+
+        with trio.CancelScope(shield=True) as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch, scope)
+                try:
+                    result.append(await operation())
+                except GroupError as error:
+                    errors.append(error)
+                nursery.cancel_scope.cancel()
+        if self.left:
+            self._spawn(self._stop_soon)
+        if errors:
+            raise errors.pop()
+        if not result:
+            raise GroupError("the group is stopping")
+        return result.pop()
+
+    async def _stop_soon(self) -> None:
+        # the client that asked is to have its answer before
+        await trio.sleep(1)
+        self.request_stop()
+
+    def hold_qmp(self) -> int:
+        """Have no QMP client accepted any more; returns the listening socket's descriptor. Raises GroupError."""
+        if self.qmp is None:
+            raise GroupError("the group has no QMP socket that could be handed over")
+        self.qmp.hold()
+        return self.qmp.listener_fd()
+
+    def release_qmp(self) -> None:
+        """The end of `hold_qmp`."""
+        if self.qmp is not None:
+            self.qmp.release()
+
+    def own_run_dir(self) -> None:
+        """Say in the lock file again that the run directory is this process's."""
+        RunDir.adopt(self.run_dir, self.lock_fd).own()
 
     def slot(self, member_id: int) -> _Slot:
         """What there is of a member. Raises MemberError."""
@@ -1495,7 +1553,8 @@ async def open_group(
     directory = (run_dir or config.run_dir or default_run_dir(config.name)).absolute()
     _raise_fd_limit()
     claim: RunDir | None = None
-    left = False
+    # a predecessor's, too, until it has left
+    left = predecessor is not None
     try:
         if predecessor is None:
             claim = await trio.to_thread.run_sync(RunDir.claim, directory)
@@ -1506,7 +1565,6 @@ async def open_group(
         async with serving as group:
             if predecessor is not None:
                 claim = await predecessor.finish(group)
-                await group.serve_owner()
                 group.qmp_fd = predecessor.qmp_listener
             assert claim is not None
             group.lock_fd = claim.fd
@@ -1548,7 +1606,6 @@ async def _serve_group(
 async def _take_over_group(
     config: GroupConfig, directory: Path, engine: Engine, predecessor: TakeOver
 ) -> AsyncIterator[Group]:
-    await predecessor.begin()
     async with _empty_group(config, directory, engine) as group:
         if config.owner is not None:
             await group._prepare_owner(config.owner, predecessor.owner_image)

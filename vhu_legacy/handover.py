@@ -2,9 +2,10 @@
 """Handing a running group over to a new process: what the two say to each other.
 
 They are connected by a socket pair and speak frames: lengths, a JSON object, and file descriptors. What a frame means
-is the group's business (`Group.hand_over`, `open_group`). A member travels with its listening socket, its image, and
-its front end's connection; the state of the connection travels as the vhost-user messages that lead to it, so the
-format is the protocol's and stays what it is from one version to the next.
+is the business of `upgrade`. A member travels with its listening socket, its image, and its front end's connection; the
+state of the connection travels as the vhost-user messages that lead to it, so the format is the protocol's and stays
+what it is from one version to the next. The group's configuration travels, too: what the group file says now is for the
+next start.
 
 Both processes belong to one user and one of them has started the other, so neither defends itself against the other;
 but a version that sends nonsense must be an error, not an accident.
@@ -20,16 +21,19 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 import trio
 
-from .backend import HeldConnection
+from .backend import Held, HeldConnection
 from .channel import Message
-from .config import MemberConfig
+from .config import CompatConfig, GroupConfig, MemberConfig, OwnerConfig
 from .errors import GroupError
 
-__all__ = ["FORMAT", "Frame", "MemberParcel", "Pipe", "close_all", "close_held", "held_frame", "held_of"]
+__all__ = ["FORMAT", "Frame", "MemberParcel", "Pipe", "close_all", "group_data", "group_of", "held_frame", "held_of"]
+
+T = TypeVar("T")
 
 FORMAT: Final = 1
 """Of the frames. A successor that speaks another one is refused before anything has been changed."""
@@ -55,6 +59,8 @@ class Pipe:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._socket: Final = trio.socket.from_stdlib_socket(sock)
+        self.torn = False
+        """Part of a frame was sent or received, and the rest never will be: nothing more can be said."""
 
     @classmethod
     def from_fd(cls, fd: int) -> Pipe:
@@ -67,14 +73,21 @@ class Pipe:
     async def send(self, kind: str, data: dict[str, Any] | None = None, fds: Sequence[int] = ()) -> None:
         """Send a frame; the descriptors stay the caller's. Raises GroupError when the other side is gone."""
         payload = json.dumps({"kind": kind, **(data or {})}).encode()
+        self._begin()
         try:
             await self._send_all(_HEADER.pack(len(payload), len(fds)) + payload)
             for first in range(0, len(fds), _BATCH):
                 rights = array.array("i", fds[first : first + _BATCH])
                 # a byte to carry them; a stream socket sends it as a whole or not at all
                 await self._socket.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            self.torn = False
         except OSError as error:
             raise GroupError(f"the other process is gone: {error.strerror or error}") from error
+
+    def _begin(self) -> None:
+        if self.torn:
+            raise GroupError("the other process was left in the middle of a frame")
+        self.torn = True
 
     async def _send_all(self, data: bytes) -> None:
         view = memoryview(data)
@@ -82,12 +95,15 @@ class Pipe:
             view = view[await self._socket.send(view) :]
 
     async def receive(self, *kinds: str) -> Frame:
-        """The next frame, which must be of one of these kinds. "error" always may come, and is raised.
+        """The next frame, which must be of one of these kinds. "error" may always come, and is raised if not asked for.
 
         Raises GroupError, also when the other side is gone or sends nonsense. When cancelled, descriptors received so
-        far are closed and the pipe is of no more use.
+        far are closed; in the middle of a frame the pipe is `torn` then.
         """
         fds: list[int] = []
+        # waiting for a frame tears nothing
+        await trio.lowlevel.wait_readable(self._socket)
+        self._begin()
         try:
             size, count = _HEADER.unpack(await self._receive_all(_HEADER.size))
             if size > _MAX_FRAME or count > _MAX_FDS:
@@ -97,12 +113,14 @@ class Pipe:
                 await self._receive_fds(min(_BATCH, count - first), fds)
         except (OSError, ValueError) as error:
             close_all(fds)
-            raise GroupError(f"the other process: {error}") from error
+            gone = isinstance(error, ConnectionError)
+            raise GroupError("the other process is gone" if gone else f"the other process: {error}") from error
         except BaseException:
             close_all(fds)
             raise
+        self.torn = False
         kind = data.pop("kind", None) if isinstance(data, dict) else None
-        if kind == "error":
+        if kind == "error" and kind not in kinds:
             close_all(fds)
             raise GroupError(str(data.get("reason")))
         if kind not in kinds:
@@ -138,6 +156,35 @@ class Pipe:
         self._socket.close()
 
 
+def group_data(config: GroupConfig) -> dict[str, Any]:
+    """A group's configuration as data of a frame."""
+    return {**asdict(config), "source": str(config.source), "run_dir": str(config.run_dir) if config.run_dir else None}
+
+
+def group_of(data: Any) -> GroupConfig:
+    """The opposite. Raises GroupError."""
+    try:
+        run_dir, owner, compat = data["run_dir"], data["owner"], data["compat"]
+        converted = {
+            "source": Path(data["source"]),
+            "run_dir": None if run_dir is None else Path(run_dir),
+            "owner": None if owner is None else _made(OwnerConfig, owner),
+            "compat": None if compat is None else _made(CompatConfig, compat),
+            "members": tuple(_made(MemberConfig, member) for member in data["members"]),
+        }
+        return _made(GroupConfig, {**data, **converted})
+    except (KeyError, TypeError, ValueError) as error:
+        raise GroupError(f"the other process describes its group in an unknown way: {error!r}") from error
+
+
+def _made(kind: type[T], values: dict[str, Any]) -> T:
+    unknown = set(values) - {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown:
+        # written by a newer version: what it means is not ours to guess
+        raise GroupError(f"the other process has {', '.join(sorted(unknown))}, which isn't known here")
+    return kind(**values)
+
+
 @dataclass(slots=True)
 class MemberParcel:
     """A member on its way: what doesn't change while it runs."""
@@ -145,33 +192,22 @@ class MemberParcel:
     config: MemberConfig
     features: int | None
     """Feature bits assigned to it; None for all."""
-    writeback: bool
     listener: int
     image: int | None
 
     def frame(self) -> tuple[dict[str, Any], list[int]]:
         """As data and descriptors of a frame."""
-        data = {
-            "config": asdict(self.config),
-            "features": self.features,
-            "writeback": self.writeback,
-            "image": self.image is not None,
-        }
+        data = {"config": asdict(self.config), "features": self.features, "image": self.image is not None}
         return data, [self.listener, *([] if self.image is None else [self.image])]
 
     @classmethod
     def of(cls, frame: Frame) -> MemberParcel:
         """From a frame, whose descriptors it takes over. Raises GroupError; they are closed then."""
         try:
-            known = {field.name for field in fields(MemberConfig)}
-            unknown = set(frame.data["config"]) - known
-            if unknown:
-                # written by a newer version: what it means is not ours to guess
-                raise GroupError(f"a member has {', '.join(sorted(unknown))}, which isn't known here")
-            config = MemberConfig(**frame.data["config"])
+            config = _made(MemberConfig, frame.data["config"])
             listener, *rest = frame.fds
             (image,) = rest if frame.data["image"] else (None,)
-            return cls(config, frame.data["features"], bool(frame.data["writeback"]), listener, image)
+            return cls(config, frame.data["features"], listener, image)
         except (KeyError, TypeError, ValueError) as error:
             close_all(frame.fds)
             raise GroupError(f"the other process describes a member in an unknown way: {error!r}") from error
@@ -180,49 +216,48 @@ class MemberParcel:
             raise
 
 
-def held_frame(held: HeldConnection) -> tuple[dict[str, Any], list[int]]:
-    """A connection as data and descriptors of a frame."""
-    fds = [held.connection, *([] if held.reverse is None else [held.reverse])]
+def held_frame(held: Held) -> tuple[dict[str, Any], list[int]]:
+    """A member's sockets as data and descriptors of a frame."""
+    connection = held.connection
+    if connection is None:
+        return {"connection": None}, list(held.unattached)
+    fds = [connection.connection, *([] if connection.reverse is None else [connection.reverse])]
     parts = []
-    for messages in (held.state, held.rings):
+    for messages in (connection.state, connection.rings):
         parts.append([(message.header.hex(), message.payload.hex(), len(message.fds)) for message in messages])
         for message in messages:
             fds += message.fds
-    data = {
-        "reverse": held.reverse is not None,
-        "config_read": held.config_read,
-        "config_pending": held.config_pending,
+    described = {
+        "reverse": connection.reverse is not None,
+        "config_read": connection.config_read,
+        "config_pending": connection.config_pending,
         "state": parts[0],
         "rings": parts[1],
     }
-    return data, fds
+    return {"connection": described}, [*fds, *held.unattached]
 
 
-def held_of(frame: Frame) -> HeldConnection:
+def held_of(frame: Frame) -> Held:
     """From a frame, whose descriptors it takes over. Raises GroupError; they are closed then."""
     try:
         rest = iter(frame.fds)
+        data = frame.data["connection"]
+        if data is None:
+            return Held(None, list(rest))
         connection = next(rest)
-        reverse = next(rest) if frame.data["reverse"] else None
+        reverse = next(rest) if data["reverse"] else None
         parts = [
             [
                 Message(bytes.fromhex(header), bytes.fromhex(payload), [next(rest) for _ in range(count)])
-                for header, payload, count in frame.data[name]
+                for header, payload, count in data[name]
             ]
             for name in ("state", "rings")
         ]
-        return HeldConnection(
-            connection, reverse, bool(frame.data["config_read"]), bool(frame.data["config_pending"]), *parts
-        )
+        held = HeldConnection(connection, reverse, bool(data["config_read"]), bool(data["config_pending"]), *parts)
+        return Held(held, list(rest))
     except (KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
         close_all(frame.fds)
         raise GroupError(f"the other process describes a connection in an unknown way: {error!r}") from error
-
-
-def close_held(held: HeldConnection) -> None:
-    """Close the descriptors of a connection's messages."""
-    for message in (*held.state, *held.rings):
-        close_all(message.fds)
 
 
 def close_all(fds: Sequence[int]) -> None:

@@ -24,6 +24,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -589,6 +590,40 @@ class _Outbox:
             await self._writers.park()
 
 
+class _Listener(trio.abc.Listener[trio.SocketStream]):
+    """A listening socket that can be told to accept nobody for a while."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        self._held: trio.Event | None = None
+        self._accepting: trio.CancelScope | None = None
+
+    def fileno(self) -> int:
+        return self._listener.socket.fileno()
+
+    def hold(self) -> None:
+        if self._held is None:
+            self._held = trio.Event()
+        if self._accepting is not None:
+            self._accepting.cancel()
+
+    def release(self) -> None:
+        if self._held is not None:
+            self._held.set()
+            self._held = None
+
+    async def accept(self) -> trio.SocketStream:
+        while True:
+            while self._held is not None:
+                await self._held.wait()
+            with trio.CancelScope() as self._accepting:
+                return await self._listener.accept()
+
+    async def aclose(self) -> None:
+        await self._listener.aclose()
+
+
 class _Client:
     def __init__(self, number: int, stream: trio.SocketStream) -> None:
         self.number = number
@@ -607,7 +642,7 @@ class QMPServer:
         self.path = path
         self.keep_path: Callable[[], bool] = lambda: False
         """Asked at the end: whether another process serves the socket, so that it isn't to be removed."""
-        self._listener: socket.socket | None = None
+        self._listener: _Listener | None = None
         self._max_clients = max_clients
         self._clients: dict[int, _Client] = {}
         self._accepted = self._refused = self._dropped = 0
@@ -629,21 +664,35 @@ class QMPServer:
         """The listening socket's descriptor, which stays ours; -1 before there is one."""
         return -1 if self._listener is None else self._listener.fileno()
 
+    def hold(self) -> None:
+        """Accept no more clients, until `release`: another process may."""
+        if self._listener is not None:
+            self._listener.hold()
+
+    def release(self) -> None:
+        """The end of `hold`."""
+        if self._listener is not None:
+            self._listener.release()
+
     async def run(
         self, fd: int | None = None, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Bind (or take over the listening socket `fd`), report `started()` once clients can connect, serve until cancelled, unlink the socket.
+        """Bind, report `started()` once clients can connect, serve until cancelled, unlink the socket.
+
+        `fd`: a listening socket to take over instead of binding one.
 
         Raises OSError when the path can't be bound. Cancellation closes all clients at once.
         """
         sock = bind_unix(self.path) if fd is None else socket.socket(fileno=fd)
         sock.setblocking(False)
-        self._listener = sock
         try:
-            status = self.path.lstat()
-            identity = (status.st_dev, status.st_ino)
+            identity = (0, 0)
+            # a path that a predecessor's user has removed is nothing to fail for now
+            with suppress(FileNotFoundError):
+                status = self.path.lstat()
+                identity = (status.st_dev, status.st_ino)
             try:
-                listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+                listener = self._listener = _Listener(sock)
                 async with trio.open_nursery() as nursery:
                     await nursery.start(trio.serve_listeners, self._serve, [listener])
                     task_status.started()

@@ -188,6 +188,11 @@ def _read_pid(fd: int) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+def _write_pid(fd: int) -> None:
+    # always as long, in one piece: who reads it while it changes hands sees one process or the other
+    os.pwrite(fd, f"{os.getpid():<10}\n".encode(), 0)
+
+
 class RunDir:
     """A run directory that is ours: its lock, and what has to be removed at the end."""
 
@@ -214,15 +219,17 @@ class RunDir:
 
     @classmethod
     def adopt(cls, path: Path, fd: int) -> RunDir:
-        """Take over a directory from another process, whose descriptor of the lock file this is: the lock is that of all
-        who have it. Raises GroupError."""
-        try:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        except OSError as error:
-            os.close(fd)
-            raise GroupError(f"run directory {path}: {error.strerror or error}") from error
+        """Take over a directory from another process, whose descriptor of the lock file this is: the lock is that of
+        all who have it. Until `own` it is the other one's, too."""
         return cls(path, fd, path.parent == run_base())
+
+    def own(self) -> None:
+        """Say in the lock file that the directory is this process's."""
+        try:
+            _write_pid(self.fd)
+        except OSError as error:
+            # who looks there finds the one that served before; everything else works
+            log.error("run directory %s: %s", self.path, error.strerror or error)
 
     def leave(self) -> None:
         """Close our descriptor of the lock file; another process goes on."""
@@ -247,8 +254,7 @@ class RunDir:
                     if os.path.samestat(there, os.fstat(fd)):
                         # an ordered end removes the file
                         left_behind = there.st_size > 0
-                        os.ftruncate(fd, 0)
-                        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                        _write_pid(fd)
                         return cls(path, os.dup(fd), created, left_behind)
             finally:
                 os.close(fd)

@@ -35,6 +35,8 @@ INTERNAL: Final = 70
 """Exit status of a child: it was our fault (EX_SOFTWARE)."""
 HANDED_OVER: Final = 77
 """Exit status of a child: another process serves what it served."""
+ANEW: Final = "VHU_LEGACY_ANEW"
+"""Environment variable of a supervisor that was started by itself, to get to a newer version."""
 RETRY: Final = 75
 """Exit status of a child: what stopped it may be gone the next time (EX_TEMPFAIL)."""
 PR_SET_PDEATHSIG: Final = 1
@@ -86,9 +88,11 @@ class _Supervisor:
     def __init__(self, serve: Callable[[Attempt], None], policy: Policy) -> None:
         self._serve = serve
         self._policy = policy
-        self._announced = False
+        # a program that was started anew (`_adopt`) goes on where its former self was
+        self._announced = os.environ.pop(ANEW, None) is not None
         self._died: str | None = None
         self._quick_deaths = 0
+        self._mask: set[int | signal.Signals] = set()
         # nohup has SIGHUP ignored, and that holds for the child, too
         passed = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._passed: Final = {number for number in passed if signal.getsignal(number) is not signal.SIG_IGN}
@@ -100,7 +104,7 @@ class _Supervisor:
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         watched = self._passed | {signal.SIGCHLD}
         # blocked, they wait for us to ask: none is lost between a look and a wait
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+        before = self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
         try:
             while True:
                 status = self._one(before)
@@ -139,6 +143,8 @@ class _Supervisor:
             self._announced = True
         if code in (0, FAILED) or stopping:
             return code if code >= 0 else 128 - code
+        # killed in the middle of a hand-over: what it had started may have all, some or nothing of what it served
+        _end_orphans()
         self._died = _describe(child, code)
         if served_since is not None and ended - served_since >= self._policy.quick:
             self._quick_deaths = 0
@@ -150,16 +156,18 @@ class _Supervisor:
         return None
 
     def _adopt(self, stopping: bool) -> int:
-        """Watch the process that the last child has handed over to: an orphan that has come to us. Returns an exit status.
+        """Watch the process that the last child has handed over to: an orphan that has come to us. An exit status.
 
         When it is killed, this program is started anew: what we have in memory is the old version's.
         """
         while True:
-            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-            if not children:
+            orphans = _orphans()
+            if not orphans:
                 print("vhu-legacy: the process that had taken over is gone", file=sys.stderr, flush=True)
                 return FAILED
-            child = int(children[0])
+            # the last one: others are left of attempts that failed, and are about to end
+            child = orphans[-1]
+            python = _interpreter_of(child)
             if stopping:
                 with suppress(ProcessLookupError):
                     os.kill(child, signal.SIGTERM)
@@ -169,8 +177,12 @@ class _Supervisor:
                 continue
             if stopping or code in (0, FAILED):
                 return code if code >= 0 else 128 - code
+            _end_orphans()
             print(f"vhu-legacy: {_describe(child, code)}: starting anew", file=sys.stderr, flush=True)
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+            os.environ[ANEW] = "1"
+            # what is blocked stays so across exec, and a child of the new program would never hear of it
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            os.execv(python, [python, *sys.orig_argv[1:]])
 
     def _attempt(self, writable: int, parent: int) -> None:
         def ready() -> None:
@@ -212,6 +224,32 @@ class _Supervisor:
 
 class _TryAgain(Exception):
     """A child that comes after another can't serve: images or sockets may still be held by what is left of that one."""
+
+
+def _orphans() -> list[int]:
+    """Children that are left to us, oldest first. Those that have ended are waited for."""
+    living = []
+    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        with suppress(ChildProcessError):
+            if os.waitpid(int(pid), os.WNOHANG)[0] == 0:
+                living.append(int(pid))
+    return living
+
+
+def _end_orphans() -> None:
+    for pid in _orphans():
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _interpreter_of(pid: int) -> str:
+    """The Python that a process was started with; ours when the kernel doesn't say."""
+    with suppress(OSError):
+        first = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0]
+        if os.access(first, os.X_OK):
+            return os.fsdecode(first)
+    return sys.executable
 
 
 def _describe(child: int, code: int) -> str:
