@@ -360,10 +360,14 @@ async def test_matrix_cells(tmp_path: Path) -> None:
             console=Console(file=out),
             log_dir=tmp_path / "logs",
         )
-    assert [cell.outcome for cell in result.cells] == [matrix.Outcome.PASS, matrix.Outcome.REJECT]
+    assert [(cell.cell.row, cell.outcome) for cell in result.cells] == [
+        ("legacy", matrix.Outcome.PASS),
+        ("legacy device, legacy = false", matrix.Outcome.REJECT),
+        ("legacy 4 kills", matrix.Outcome.PASS),
+    ]
     assert result.ok
-    assert 'tests="2"' in report.read_text()
-    assert "2 of 2 cells as expected" in (tmp_path / "out").read_text()
+    assert 'tests="3"' in report.read_text()
+    assert "3 of 3 cells as expected" in (tmp_path / "out").read_text()
 
 
 async def test_demo(tmp_path: Path) -> None:

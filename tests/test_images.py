@@ -319,7 +319,7 @@ def test_what_is_in_the_initramfs(copied_kernel: Path) -> None:
         ["cpio", "-t", "--quiet"], input=archive, capture_output=True, check=True, timeout=60
     ).stdout.decode()
     names = set(listing.split())
-    assert {"init", "bin/busybox", "modules/order", "modules/virtio_blk.ko", "proc", "sys", "dev"} <= names
+    assert {"init", "bin/busybox", "bin/load", "modules/order", "modules/virtio_blk.ko", "proc", "sys", "dev"} <= names
     assert all(name.startswith("modules/") for name in names if name.endswith(".ko"))
 
 

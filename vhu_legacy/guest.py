@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import secrets
 import shlex
 import shutil
@@ -46,6 +47,7 @@ KINDS: Final[tuple[Kind, ...]] = ("owner", "legacy", "transitional", "modern")
 """The PCI functions a group serves over vfio-user."""
 Via: TypeAlias = Literal["vhost-user", "vfio-user"]
 TASKS: Final = ("verify", "reboot", "rw-loop")
+"""What :func:`boot` can have a guest do; a :class:`VmConfig` may also have ``idle`` and ``load``."""
 
 HOST_KIB: Final = 1024
 GUEST_KIB: Final = 4096
@@ -67,7 +69,8 @@ class GuestWedgedError(GuestError):
 class Disk:
     """One vhost-user-blk-pci device.
 
-    `queues` is always given to QEMU: by default it takes one per CPU and fails when the back end has fewer.
+    `queues` is always given to QEMU: by default it takes one per CPU and fails when the back end has fewer. `packed`
+    and `in_order` are the device's; the guest gets them if the member offers them, too. QEMU 7.2 has no `in_order`.
     """
 
     socket: Path
@@ -75,6 +78,8 @@ class Disk:
     id: str = "disk0"
     queues: int = 1
     reconnect: bool = True
+    packed: bool = False
+    in_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ class VmConfig:
     hotplug_ports: int = 0
     host_kib: int = HOST_KIB
     guest_kib: int = GUEST_KIB
+    writers: int = 4
     run: str = field(default_factory=lambda: secrets.token_hex(8))
     log_dir: Path | None = None
     append: tuple[str, ...] = ()
@@ -168,6 +174,7 @@ def device_arguments(disk: Device, qemu: images.QemuCommand, bus: str | None = N
     if disk.reconnect:
         chardev += ",{}={}".format(*_reconnect(qemu))
     device = f"vhost-user-blk-pci,id={disk.id},chardev=char-{disk.id},num-queues={disk.queues}"
+    device += (",packed=on" if disk.packed else "") + (",in_order=on" if disk.in_order else "")
     device += f",{qemu_args.MODE_FLAGS[disk.mode]}" + (f",bus={bus}" if bus is not None else "")
     return ["-chardev", chardev, "-device", device]
 
@@ -192,7 +199,7 @@ def kernel_arguments(config: VmConfig) -> str:
         [
             "console=ttyS0 loglevel=5 panic=-1 no_timer_check tsc=unstable random.trust_cpu=on",
             f"vhu.port=ttyS1 vhu.task={config.task} vhu.disks={len(config.disks)} vhu.run={config.run}",
-            f"vhu.host={config.host_kib} vhu.guest={config.guest_kib}",
+            f"vhu.host={config.host_kib} vhu.guest={config.guest_kib} vhu.writers={config.writers}",
             *config.append,
         ]
     )
@@ -255,12 +262,12 @@ def vm_arguments(config: VmConfig, qemu: images.QemuCommand, kernel: images.Gues
 
 
 class _Qmp:
-    """qemu.qmp's client under trio, in the asyncio loop that is current when it is made."""
+    """qemu.qmp's client under trio, in the asyncio loop given, or that is current when it is made."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, loop: trio_asyncio.BaseTrioEventLoop | None = None) -> None:
         self._client = QMPClient(name)
         # Kept: a caller may sit inside another VM's loop when it uses this one.
-        self._loop = trio_asyncio.current_loop.get()
+        self._loop = trio_asyncio.current_loop.get() if loop is None else loop
 
     async def connect(self, address: str | stdlib_socket.socket, timeout: float) -> None:
         """Raises what qemu.qmp raises, or :class:`trio.TooSlowError`."""
@@ -544,6 +551,30 @@ class Vm:
         """Press the reset button; the guest boots again in the same QEMU."""
         await self.qmp("system_reset")
 
+    async def load_goes_on(self, operations: int = 50, timeout: float = 60) -> Message:
+        """Wait until the load (task ``load``) has done so many operations more than when it last spoke here; where it
+        stands then. Errors as :meth:`wait_message`.
+        """
+        start = len(self.messages)
+        done = 0
+        for message in self.messages:
+            if message.get("event") in ("load-begins", "load"):
+                done = _operations(message) if message["event"] == "load" else 0
+        goal = done + operations
+        return await self.wait_message(
+            lambda m: m.get("event") == "load" and _operations(m) >= goal,
+            f"{operations} more operations of the load",
+            timeout,
+            start=start,
+        )
+
+    async def end_load(self, timeout: float = 60) -> tuple[Message, Message]:
+        """Stop the load, which then checks all it knows; what it has done, and the area's sum as the guest reads it."""
+        start = len(self.messages)
+        await self.command("stop", timeout)
+        ended = await self.wait_event("load-ended", timeout, start=start)
+        return ended, await self.wait_event("load-sum", timeout, start=start)
+
     async def quit(self) -> int:
         """End QEMU at once; its exit status."""
         with contextlib.suppress(GuestError):
@@ -584,8 +615,11 @@ class Vm:
             "num-queues": disk.queues,
             "disable-legacy": "on" if disk.mode == "modern" else "off",
             "disable-modern": disk.mode == "legacy",
+            "packed": disk.packed,
             "bus": self._free_bus(),
         }
+        if disk.in_order:
+            arguments["in_order"] = True
         await self.qmp("chardev-add", {"id": f"char-{disk.id}", "backend": backend})
         try:
             await self.qmp("device_add", arguments)
@@ -721,6 +755,8 @@ async def boot(
     machine: Literal["q35", "pc"] = "q35",
     via: Via = "vhost-user",
     port: bool = False,
+    packed: bool = False,
+    in_order: bool = False,
     cpus: int | None = None,
     append: Sequence[str] = (),
     rounds: int = 3,
@@ -733,9 +769,10 @@ async def boot(
     """Boot a guest whose disk is the device at `socket`, have it do `task`, and power it off.
 
     With `via` "vfio-user" the socket is a PCI function's, and `mode` says only what it is (which driver the guest takes
-    is the function's and the kernel's choice); `port` puts it behind a root port. `cpus` are those of the guest, by
-    default one for each of `queues`: Linux takes no more MSI-X vectors for its queues, an administration virtqueue
-    among them, than it has CPUs. `append` are further words for the kernel command line.
+    is the function's and the kernel's choice); `port` puts it behind a root port. Over vhost-user `packed` and
+    `in_order` are QEMU's, too (see :class:`Disk`). `cpus` are those of the guest, by default one for each of `queues`:
+    Linux takes no more MSI-X vectors for its queues, an administration virtqueue among them, than it has CPUs. `append`
+    are further words for the kernel command line.
 
     `task` is ``verify``, ``reboot`` (verify, reboot in the same QEMU, verify again) or ``rw-loop`` (`rounds`
     times verify). `timeout` bounds each step: from start to the first check's end, and each further one.
@@ -747,7 +784,9 @@ async def boot(
         raise GuestError(f"unknown task {task!r}; allowed: {', '.join(TASKS)}")
     if mode not in MODES:
         raise GuestError(f"unknown mode {mode!r}; allowed: {', '.join(MODES)}")
-    disk_device = Function(socket, port=port) if via == "vfio-user" else Disk(socket, mode, queues=queues)
+    disk_device: Device = Disk(socket, mode, queues=queues, packed=packed, in_order=in_order)
+    if via == "vfio-user":
+        disk_device = Function(socket, port=port)
     config = VmConfig(
         disks=(disk_device,),
         kernel=kernel,
@@ -818,6 +857,10 @@ async def boot(
             interrupt_counts=disk["interrupt_counts"],
             complaints=tuple(complaints),
         )
+
+
+def _operations(message: Message) -> int:
+    return sum(int(message[key]) for key in ("writes", "reads", "flushes", "kept"))
 
 
 def _is_round(number: int, message: Message) -> bool:
@@ -926,6 +969,8 @@ class MemberSpec:
     queues: int = 1
     vfio_user: bool = False
     packed: bool = False
+    in_order: bool = False
+    shared: bool = False
     vectors: int | None = None
 
 
@@ -951,6 +996,8 @@ class ServedGroup:
         self.exit_status: int | None = None
         self._process: trio.Process | None = None
         self._qmp: _Qmp | None = None
+        # Kept: when it is started again, the caller may sit inside a VM's loop.
+        self._loop = trio_asyncio.current_loop.get()
 
     @property
     def log(self) -> Path:
@@ -982,18 +1029,27 @@ class ServedGroup:
         """Where the owner, the PF, listens for a vfio-user client."""
         return self.function_socket(0, "owner")
 
+    def log_complaints(self) -> list[str]:
+        """The log's lines of level warning or worse, over all processes that served the group, and what is no log line.
+        Call it from a thread.
+        """
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [line for line in lines if not re.match(r"\d{4}-\S+ \S+ (INFO|DEBUG) ", line)]
+
     def _error(self, reason: str) -> GuestError:
         return GuestError("\n".join([reason, *_tail(self.log)]), self.log)
 
     async def _start(self, members: Sequence[MemberSpec], name: str, owner: OwnerSpec | None) -> None:
-        file = trio.Path(self.directory / "group.toml")
-        await file.write_text(group_file(members, name, owner))
+        await trio.Path(self.directory / "group.toml").write_text(group_file(members, name, owner))
+        await self._launch()
+
+    async def _launch(self) -> None:
         argv = [
             sys.executable,
             "-m",
             "vhu_legacy",
             "serve",
-            str(file),
+            str(self.directory / "group.toml"),
             "--run-dir",
             str(self.directory / "run"),
         ]
@@ -1025,7 +1081,7 @@ class ServedGroup:
             self.ready = json.loads(line)
         except ValueError:
             raise self._error(f"vhu-legacy serve did not start: {line.decode(errors='replace')[:500]}") from None
-        self._qmp = _Qmp("group")
+        self._qmp = _Qmp("group", self._loop)
         try:
             await self._qmp.connect(str(self.ready["qmp"]), 10)
         except (QMPError, OSError, EOFError, trio.TooSlowError) as error:
@@ -1056,6 +1112,25 @@ class ServedGroup:
         answer = await self.qmp("query-owner")
         assert isinstance(answer, dict)
         return answer
+
+    async def kill(self) -> None:
+        """Kill the process (SIGKILL) and reap it."""
+        assert self._process is not None
+        with trio.CancelScope(shield=True):
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+            if self._process.stdout is not None:
+                await self._process.stdout.aclose()
+            self._process = None
+            if self._qmp is not None:
+                await self._qmp.close()
+                self._qmp = None
+
+    async def restart(self) -> None:
+        """Serve again in the same run directory, after :meth:`kill`."""
+        assert self._process is None
+        await self._launch()
 
     async def stop(self) -> int:
         """End the process (SIGTERM, after 10 s SIGKILL); its exit status. May be called twice. Runs to its
@@ -1092,6 +1167,8 @@ def group_file(members: Sequence[MemberSpec], name: str, owner: OwnerSpec | None
         # Only what was asked for, so a group file is as plain as its group.
         text += "vfio_user = true\n" if member.vfio_user else ""
         text += "packed = true\n" if member.packed else ""
+        text += "in_order = true\n" if member.in_order else ""
+        text += "shared = true\n" if member.shared else ""
         text += "" if member.vectors is None else f"vectors = {member.vectors}\n"
     return text
 
@@ -1124,3 +1201,109 @@ async def serve_group(
             await group.stop()
     if failure is not None:
         raise failure
+
+
+# --- a load under which the group is killed -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """What became of a load whose group was killed again and again.
+
+    `driver_mode` and `features` are the guest driver's, `done` is the load's last count (writes, reads, flushes; kept:
+    pages read; checked: blocks and pages that were found to be right), `problems` all that was not as it should be: in
+    the image, the kernel's log, the group's log.
+    """
+
+    kernel: str
+    release: str
+    qemu: str
+    mode: Mode
+    driver_mode: str
+    features: int
+    kills: int
+    done: Message
+    queue_requests: tuple[int, ...]
+    seconds_to_first_line: float
+    console_log: Path
+    problems: tuple[str, ...]
+
+
+async def load_under_kills(
+    member: MemberSpec,
+    directory: Path,
+    *,
+    kernel: str = "6.12",
+    mode: Mode = "modern",
+    qemu: str | None = None,
+    kills: int = 5,
+    seed: int = 0,
+    timeout: float = 60,
+    log_dir: Path | None = None,
+) -> LoadResult:
+    """Serve a member from `directory`, have a guest put a verified load on it, and kill the group (SIGKILL) so many
+    times meanwhile, at random instants; it is started again each time, and the guest has to go on.
+
+    Some kills come while QEMU is still at its handshake. The device is packed, or in order, if the member is. `timeout`
+    bounds each step. Raises as :func:`boot`.
+    """
+    instants = random.Random(seed)
+    async with serve_group([member], directory, name="load") as group:
+        disk = Disk(group.socket(1), mode, queues=member.queues, packed=member.packed, in_order=member.in_order)
+        config = VmConfig(
+            disks=(disk,),
+            kernel=kernel,
+            qemu=qemu,
+            task="load",
+            cpus=min(member.queues, os.cpu_count() or 1),
+            writers=8,
+            guest_kib=8192,
+            log_dir=log_dir,
+        )
+        async with open_vm(config) as vm:
+            boot_message = await vm.wait_event("boot", timeout)
+            found = await vm.wait_event("disk", timeout)
+            await vm.wait_event("load-begins", timeout)
+            await vm.load_goes_on(timeout=timeout)
+            for number in range(kills):
+                await trio.sleep(instants.uniform(0, 0.5))
+                await group.kill()
+                await group.restart()
+                # Every third time the next kill doesn't wait for the guest, so QEMU may just be connecting.
+                if number % 3 != 1 or number == kills - 1:
+                    await vm.load_goes_on(timeout=timeout)
+            done, area = await vm.end_load(timeout)
+            problems = await vm.complaints()
+            problems += await load_problems(group, member.image, area)
+            queue_requests = tuple(queue["requests"] for queue in (await group.member(1))["queues"])
+            await vm.command("poweroff", timeout)
+            if (status := await vm.wait_exit(timeout)) != 0:
+                problems.append(f"QEMU ended with status {status}")
+        assert vm.first_message is not None
+        return LoadResult(
+            kernel=kernel,
+            release=boot_message["release"],
+            qemu=vm.qemu.version,
+            mode=mode,
+            driver_mode=found["mode"],
+            features=feature_bits(found["features"]),
+            kills=kills,
+            done=done,
+            queue_requests=queue_requests,
+            seconds_to_first_line=round(vm.first_message - vm.started, 2),
+            console_log=vm.console_log,
+            problems=tuple(problems),
+        )
+
+
+async def load_problems(group: ServedGroup, image: Path, area: Message, member: int = 1) -> list[str]:
+    """What is wrong after a load: with the image, whose area the guest has read as `area` says, with the member, and in
+    the group's log.
+    """
+    problems = []
+    actual = await trio.to_thread.run_sync(area_sum, image, area["guest_offset"], area["guest_bytes"])
+    if actual != area["guest_sum"]:
+        problems.append(f"the guest reads {area['guest_sum']}, the image has {actual}")
+    info = await group.member(member)
+    problems += [f"member {member}: {info[key]}" for key in ("broken", "last-error") if info[key]]
+    return problems + await trio.to_thread.run_sync(group.log_complaints)

@@ -827,6 +827,7 @@ def _kernel_inputs(version: str) -> dict[str, Any]:
         "format": _FORMAT,
         "series": version,
         "init": _sha256(init),
+        "load": _sha256(_IMAGES_DIR / "load.c"),
         "modules": _sha256(_IMAGES_DIR / "modules.list"),
         "busybox": _sha256(_busybox()),
     }
@@ -889,6 +890,9 @@ async def _build_kernel(apt: AptRoot, place: Path, version: str, refresh: bool, 
             await _run(["dpkg-deb", "-x", file, unpacked])
         await trio.to_thread.run_sync(_take_vmlinuz, unpacked, release, scratch)
         names = await trio.to_thread.run_sync(_fill_initramfs, unpacked, release, unpacked / "initramfs")
+        # Static: the guest has no libraries.
+        load = unpacked / "initramfs" / "bin" / "load"
+        await _run(["cc", "-static", "-Os", "-s", "-pthread", "-o", load, _IMAGES_DIR / "load.c"])
         listing = "\n".join(names).encode() + b"\n"
         archive = unpacked / "initramfs.cpio"
         await _run(
@@ -924,6 +928,8 @@ def _fill_initramfs(unpacked: Path, release: str, tree: Path) -> list[str]:
     (tree / "bin" / "busybox").chmod(0o755)
     shutil.copyfile(_IMAGES_DIR / "init", tree / "init")
     (tree / "init").chmod(0o755)
+    # Compiled into this place later.
+    (tree / "bin" / "load").touch()
     directories = [unpacked / "usr/lib/modules" / release, unpacked / "lib/modules" / release]
     modules = next((path for path in directories if path.is_dir()), None)
     if modules is None:

@@ -7,7 +7,8 @@ one owner, so each cell with the owner has a group of its own. A cell is right w
 a check of the disk that passes (PASS), or a member that must refuse its driver and does (REJECT). Anything else is
 FAIL, or WEDGED when there was no progress within the bound. Over vfio-user a guest that checks its disk well still
 fails its cell when its kernel complains, takes other interrupts than it should, or when an administration command of
-it failed or is missing.
+it failed or is missing. A cell with kills has a group of its own, too, which is killed under a verified load again and
+again.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ _POLL_SECONDS = 0.25
 _EXPECTED_DRIVER: dict[Mode, str] = {"legacy": "legacy", "transitional": "modern", "modern": "modern"}
 VIAS: tuple[Via, ...] = ("vhost-user", "vfio-user")
 RING_PACKED = 34
+IN_ORDER = 35
+IN_ORDER_KERNELS = ("7.2",)
+"""Kernels whose driver takes IN_ORDER."""
+KILLS = 4
 FORCE_LEGACY = "virtio_pci.force_legacy=1"
 
 
@@ -54,7 +59,8 @@ class Cell:
     refused.
 
     Over vfio-user `kind` is the function's, `vectors` its MSI-X vectors (0: INTx; None: as many as it wants) and
-    `force_legacy` has the guest take its legacy driver although it could do better.
+    `force_legacy` has the guest take its legacy driver although it could do better. `packed` and `in_order` are the
+    member's and, over vhost-user, QEMU's. So many `kills` come under load.
     """
 
     kernel: str
@@ -64,7 +70,9 @@ class Cell:
     kind: Kind | None = None
     vectors: int | None = None
     packed: bool = False
+    in_order: bool = False
     force_legacy: bool = False
+    kills: int = 0
 
     @property
     def via(self) -> Via:
@@ -89,13 +97,15 @@ class Cell:
     @property
     def row(self) -> str:
         """Label of the table row the cell is in."""
-        if self.kind is None:
-            return self.mode if self.legacy_member else f"{self.mode} device, legacy = false"
-        words = ["owner"] if self.kind == "owner" else ["vfio", self.kind]
+        if not self.legacy_member:
+            return f"{self.mode} device, legacy = false"
+        words = [self.mode] if self.kind is None else ["owner"] if self.kind == "owner" else ["vfio", self.kind]
         if self.vectors is not None:
             words += [f"{self.vectors} vectors"] if self.vectors else ["INTx"]
         words += ["packed"] if self.packed else []
+        words += ["in order"] if self.in_order else []
         words += ["legacy driver"] if self.force_legacy else []
+        words += [f"{self.kills} kills"] if self.kills else []
         return " ".join(words)
 
     @property
@@ -164,6 +174,15 @@ def plan(kernels: Iterable[str], modes: Iterable[Mode], qemus: Iterable[str], vi
             for qemu in qemus:
                 kernel = "6.12" if "6.12" in kernels else kernels[-1]
                 cells.append(Cell(kernel, "legacy", qemu, legacy_member=False))
+        cells += [
+            replace(cell, kernel=kernel, qemu=qemu)
+            for qemu in qemus
+            for cell in _DISK_ROWS
+            if cell.mode in modes
+            for kernel in kernels
+            if not cell.in_order
+            or (kernel in IN_ORDER_KERNELS and qemu_args.parse_version(qemu) >= qemu_args.IN_ORDER_SINCE)
+        ]
     if "vfio-user" in vias:
         able = [qemu for qemu in qemus if qemu_args.parse_version(qemu) >= qemu_args.VFIO_USER_SINCE]
         cells += [
@@ -176,6 +195,14 @@ def plan(kernels: Iterable[str], modes: Iterable[Mode], qemus: Iterable[str], vi
     return cells
 
 
+_DISK_ROWS = (
+    Cell("", "modern", "", packed=True),
+    Cell("", "modern", "", in_order=True),
+    Cell("", "modern", "", packed=True, in_order=True),
+    Cell("", "legacy", "", kills=KILLS),
+    Cell("", "modern", "", packed=True, kills=KILLS),
+    Cell("", "modern", "", in_order=True, kills=KILLS),
+)
 _FUNCTION_ROWS = (
     Cell("", "legacy", "", kind="legacy"),
     Cell("", "legacy", "", kind="legacy", vectors=0),
@@ -229,9 +256,9 @@ async def run_matrix(
         for number, cell in enumerate(cells, 1):
             image = Path(scratch) / f"disk{number}.raw"
             host_sum = await trio.to_thread.run_sync(guest.make_image, image, _IMAGE_BYTES, number)
-            if cell.kind != "owner":
+            if not (alone := cell.kind == "owner" or bool(cell.kills)):
                 members.append(_member_spec(cell, image))
-            disks.append(_CellDisk(len(members) if cell.kind != "owner" else 0, image, host_sum))
+            disks.append(_CellDisk(0 if alone else len(members), image, host_sum))
         async with guest.serve_group(members, Path(scratch), name="matrix") as group:
             waiting = iter(enumerate(cells))
 
@@ -242,6 +269,9 @@ async def run_matrix(
                     if cell.kind == "owner":
                         place = Path(scratch) / f"o{number + 1}"
                         results[cell] = await _run_owner_cell(place, disks[number], cell, timeout, logs)
+                    elif cell.kills:
+                        place = Path(scratch) / f"k{number + 1}"
+                        results[cell] = await _run_killed_cell(place, disks[number], cell, number, timeout, logs)
                     else:
                         results[cell] = await _run_cell(group, disks[number], cell, timeout, logs)
                     view.finish(results[cell])
@@ -290,6 +320,7 @@ def _member_spec(cell: Cell, image: Path) -> guest.MemberSpec:
         legacy=cell.legacy_member,
         vfio_user=cell.kind is not None,
         packed=cell.packed,
+        in_order=cell.in_order,
         vectors=cell.vectors,
     )
 
@@ -306,6 +337,47 @@ async def _run_owner_cell(place: Path, disk: _CellDisk, cell: Cell, timeout: flo
     except VhuError as error:
         return CellResult(cell, Outcome.FAIL, round(trio.current_time() - started, 1), str(error))
     return result
+
+
+async def _run_killed_cell(
+    place: Path, disk: _CellDisk, cell: Cell, number: int, timeout: float, log_dir: Path
+) -> CellResult:
+    """A cell whose group, one of its own, is killed under load."""
+    started = trio.current_time()
+    # Two, so that rings are recovered that stand at different places.
+    spec = replace(_member_spec(cell, disk.image), queues=2)
+    load: guest.LoadResult | None = None
+    outcome, detail = Outcome.FAIL, ""
+    try:
+        await trio.Path(place).mkdir()
+        load = await guest.load_under_kills(
+            spec,
+            place,
+            kernel=cell.kernel,
+            mode=cell.mode,
+            qemu=cell.qemu,
+            kills=cell.kills,
+            seed=number,
+            timeout=timeout,
+            log_dir=log_dir,
+        )
+        problems = [*load.problems, *_driver_problems(cell, load.driver_mode, load.features)]
+        outcome, detail = (Outcome.FAIL, "; ".join(problems)) if problems else (Outcome.PASS, "")
+    except guest.GuestWedgedError as error:
+        outcome, detail = Outcome.WEDGED, error.reason
+    except VhuError as error:
+        detail = str(error)
+    await trio.to_thread.run_sync(_keep_log, place / "serve.log", log_dir / "serve.log")
+    return CellResult(
+        cell=cell,
+        outcome=outcome,
+        seconds=round(trio.current_time() - started, 1),
+        detail=detail,
+        boot_seconds=None if load is None else load.seconds_to_first_line,
+        release=None if load is None else load.release,
+        qemu_version=None if load is None else load.qemu,
+        console_log=log_dir / "console.log",
+    )
 
 
 async def _run_cell(group: guest.ServedGroup, disk: _CellDisk, cell: Cell, timeout: float, log_dir: Path) -> CellResult:
@@ -325,6 +397,8 @@ async def _run_cell(group: guest.ServedGroup, disk: _CellDisk, cell: Cell, timeo
                     mode=cell.mode,
                     qemu=cell.qemu,
                     via=cell.via,
+                    packed=cell.packed,
+                    in_order=cell.in_order,
                     cpus=cell.cpus,
                     append=[FORCE_LEGACY] if cell.force_legacy else [],
                     timeout=timeout,
@@ -333,8 +407,10 @@ async def _run_cell(group: guest.ServedGroup, disk: _CellDisk, cell: Cell, timeo
         broken = watch.reason
         if boot is not None:
             outcome, detail = await _judge(cell, disk, boot)
-            if outcome is Outcome.PASS and cell.kind is not None:
-                problems = [*_boot_problems(cell, boot), *await _admin_problems(group, disk, cell, before)]
+            if outcome is Outcome.PASS:
+                problems = [*_driver_problems(cell, boot.driver_mode, boot.features)]
+                if cell.kind is not None:
+                    problems += [*_boot_problems(cell, boot), *await _admin_problems(group, disk, cell, before)]
                 outcome, detail = (Outcome.FAIL, "; ".join(problems)) if problems else (outcome, detail)
         elif broken is not None:
             outcome, detail = await _judge_broken(group, disk.member, cell, broken)
@@ -365,9 +441,16 @@ def _boot_problems(cell: Cell, boot: guest.GuestResult) -> Iterator[str]:
         vectors = 3 if cell.kind == "owner" and guest.ADMIN_COMMANDS[cell.kernel] else 2
     if boot.vectors != vectors:
         yield f"the guest uses {boot.vectors} vectors instead of {vectors}"
-    packed = bool(boot.features >> RING_PACKED & 1)
-    if packed != cell.packed:
+
+
+def _driver_problems(cell: Cell, driver_mode: str, features: int) -> Iterator[str]:
+    """What the guest's driver should have taken, or left."""
+    if driver_mode != cell.driver:
+        yield f"the guest used its {driver_mode} driver"
+    if (packed := bool(features >> RING_PACKED & 1)) != cell.packed:
         yield f"the guest's driver takes {'packed' if packed else 'split'} rings"
+    if (in_order := bool(features >> IN_ORDER & 1)) != cell.in_order:
+        yield f"the guest's driver takes IN_ORDER: {in_order}"
 
 
 async def _admin_problems(group: guest.ServedGroup, disk: _CellDisk, cell: Cell, before: dict[str, Any]) -> list[str]:
@@ -426,8 +509,6 @@ async def _judge(cell: Cell, disk: _CellDisk, boot: guest.GuestResult) -> tuple[
     """A guest that went through to the end: was that right, and is the image what it says?"""
     if cell.expected is Outcome.REJECT:
         return Outcome.FAIL, "the member took a driver that it had to refuse"
-    if boot.driver_mode != cell.driver:
-        return Outcome.FAIL, f"the guest used its {boot.driver_mode} driver"
 
     def differences() -> list[str]:
         return list(guest.check_image(disk.image, boot, disk.host_sum))

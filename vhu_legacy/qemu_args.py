@@ -6,6 +6,7 @@
 fewer.
 * Guest memory has to be shared memory, or vhost-user can't map it. vfio-user could do without, by copying through its
   socket; that is slow, and 10.1 and 10.2 get the copies wrong.
+* The property `in_order` of virtio devices is there since 10.0 at the latest (7.2 has none).
 * `vfio-user-pci` is there since 10.1. Its socket is a nested property, which only the JSON form of `-device` can say.
 * QEMU options are comma-separated: a comma within a value is written twice.
 """
@@ -45,6 +46,7 @@ OLDEST: Final = (7, 2)
 DEFAULT_VERSION: Final = (11, 1)
 RECONNECT_MS_SINCE: Final = (9, 2)
 VFIO_USER_SINCE: Final = (10, 1)
+IN_ORDER_SINCE: Final = (10, 0)
 BINARY: Final = "qemu-system-x86_64"
 MAX_QUEUE_SIZE: Final = 1024
 

@@ -696,7 +696,9 @@ impl Session {
             ));
         }
         wanted.mmap_offset = 0;
-        wanted.mmap_size = u64::from(queues) * inflight::region_size(size, member.packed());
+        // QEMU 10.0 asks for rings of `queue-size` entries (128) and lets the driver have up to 1024; it takes the size of
+        // the memory from the reply. Pages that are never touched cost nothing.
+        wanted.mmap_size = u64::from(queues) * inflight::region_size(MAX_QUEUE_SIZE, member.packed());
         let fd = sys::shared_memory("vhost-user-inflight", wanted.mmap_size)
             .map_err(|e| Fault::new("inflight.memory", format!("no memory for requests in flight: {e}")))?;
         Ok(Done::ReplyFd(wanted.as_slice()[..payload.len()].to_vec(), fd))
