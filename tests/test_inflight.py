@@ -124,7 +124,8 @@ def test_memory_for_a_member_without_packed_rings(group: RunningGroup) -> None:
     with make(group, BlkDriver, SPLIT_ONLY) as driver:
         driver.negotiate()
         region = driver.connection.get_inflight(1, 128)
-        assert region.size == (16 + 16 * 128 + 63) // 64 * 64
+        # QEMU 10.0 asks with its own queue size, and lets the driver have rings of up to 1024
+        assert region.size == (16 + 16 * 1024 + 63) // 64 * 64
         region.close()
 
 
@@ -237,9 +238,9 @@ def test_region_smaller_than_the_ring(group: RunningGroup, kind: type[AnyDriver]
     """Made for smaller rings than the driver then sets up: nothing is recorded, and requests complete in order."""
     with make(group, kind, DISK, memory_size=16 << 20) as driver:
         driver.negotiate()
-        driver.region = driver.connection.get_inflight(1, 2)
-        small = driver.region.size
+        small = 128
         assert small < 16 + 16 * RING
+        driver.region = InflightRegion.make(small, 1, 2)
         driver.queue_size = RING
         start(driver)
         driver.rings[0].in_order = True
