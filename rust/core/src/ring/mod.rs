@@ -3,10 +3,12 @@
 //!
 //! [`split`] holds the split ring, for legacy and modern layouts alike: both are three areas in guest memory, and
 //! they differ only in how their addresses came about. [`packed`] holds the packed ring, and [`any`] is either of the
-//! two, as negotiated; [`inflight`] the record of what is in flight that survives this process. What is common to ring formats is here.
+//! two, as negotiated; [`inflight`] the record of what is in flight that survives this process; [`order`] the accesses of
+//! both formats whose order counts. What is common to ring formats is here.
 
 pub mod any;
 pub mod inflight;
+pub mod order;
 pub mod packed;
 pub mod split;
 

@@ -23,14 +23,17 @@
 //! - In an event suppression structure the flags say whether offset and wrap counter mean anything. So the writer stores
 //!   the flags last, with release, and the reader loads them first, with acquire.
 //!
+//! These accesses are in [`super::order`], where a model checker gets at them.
+//!
 //! No descriptor is believed twice: what is used of it is loaded once, except for the flags of a chain's first one, of
 //! which the first load, with acquire, counts.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{fence, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::Arc;
 
 use super::inflight::{PackedChain, PackedTracker};
+use super::order::packed as order;
 use super::split::{AddressSpace, RingAddresses};
 use super::{append_buffer, find_area, ring_fault, Chain, RingFeatures};
 use crate::crash;
@@ -50,10 +53,6 @@ const DESC_FLAGS: usize = 14;
 
 const EVENT_SIZE: u64 = 4;
 const EVENT_FLAGS: usize = 2;
-const EVENT_FLAGS_MASK: u16 = 3;
-const EVENT_ENABLE: u16 = 0;
-const EVENT_DISABLE: u16 = 1;
-const EVENT_DESC: u16 = 2;
 
 /// Largest ring the format allows: offsets have 15 bits.
 pub const MAX_SIZE: u16 = 1 << 15;
@@ -164,6 +163,14 @@ impl Place {
         }
     }
 
+    /// Whether `event`, which is a place the driver asks for, was passed with the last `returned` descriptors before here. A
+    /// place that was skipped counts as well: drivers ask for places without knowing where a used descriptor will be. True,
+    /// for safety's sake, when it can't be told: after two laps, and for a place that is none.
+    #[inline]
+    pub fn has_passed(self, event: Self, returned: u32, size: u16) -> bool {
+        returned >= 2 * u32::from(size) || event.index >= size || self.since(event, size).wrapping_sub(1) < returned
+    }
+
     /// Whether a descriptor here, with these flags, was made available by the driver and not taken yet: AVAIL as the
     /// wrap counter, USED not.
     #[inline]
@@ -256,6 +263,35 @@ pub struct PackedRing {
     /// The record has said where to go on.
     recovered: bool,
     hint: usize,
+}
+
+impl order::Fields for PackedRing {
+    type Word = AtomicU16;
+
+    #[inline]
+    fn desc_flags(&self, index: u16) -> &AtomicU16 {
+        self.desc.u16(usize::from(index) * DESC_SIZE + DESC_FLAGS)
+    }
+
+    #[inline]
+    fn driver_offset(&self) -> &AtomicU16 {
+        self.driver.u16(0)
+    }
+
+    #[inline]
+    fn driver_flags(&self) -> &AtomicU16 {
+        self.driver.u16(EVENT_FLAGS)
+    }
+
+    #[inline]
+    fn device_offset(&self) -> &AtomicU16 {
+        self.device.u16(0)
+    }
+
+    #[inline]
+    fn device_flags(&self) -> &AtomicU16 {
+        self.device.u16(EVENT_FLAGS)
+    }
 }
 
 impl PackedRing {
@@ -429,13 +465,12 @@ impl PackedRing {
     /// of `available`.
     #[inline]
     pub fn has_work(&self) -> bool {
-        let flags = u16::from_le(self.flags_at(self.avail).load(Ordering::Relaxed));
-        self.avail.is_available(flags) || !self.again.is_empty()
+        self.avail.is_available(order::peek(self, self.avail.index)) || !self.again.is_empty()
     }
 
     #[inline]
     fn flags_at(&self, place: Place) -> &AtomicU16 {
-        self.desc.u16(usize::from(place.index) * DESC_SIZE + DESC_FLAGS)
+        order::Fields::desc_flags(self, place.index)
     }
 
     /// Descriptors that aren't taken, and so may be the driver's.
@@ -487,7 +522,7 @@ impl PackedRing {
         if let Some(known) = self.again.pop_front() {
             return self.pop_again(map, chain, known);
         }
-        let flags = u16::from_le(self.flags_at(self.avail).load(Ordering::Acquire));
+        let flags = order::taken(self, self.avail.index);
         if !self.avail.is_available(flags) {
             return Ok(false);
         }
@@ -715,7 +750,7 @@ impl PackedRing {
         if self.batch == 0 {
             self.first_flags = flags;
         } else {
-            self.flags_at(self.used).store(flags.to_le(), Ordering::Release);
+            order::publish(self, self.used.index, flags);
         }
         // A batch returns descriptors of chains in flight, which were at most `size`.
         self.batch += count;
@@ -731,8 +766,7 @@ impl PackedRing {
         if let Some(tracker) = &mut self.tracker {
             tracker.publishing(self.used, self.published);
         }
-        self.flags_at(self.published)
-            .store(self.first_flags.to_le(), Ordering::Release);
+        order::publish(self, self.published.index, self.first_flags);
         crash::point("packed.published");
         if let Some(tracker) = &mut self.tracker {
             tracker.published(self.used);
@@ -747,45 +781,24 @@ impl PackedRing {
     /// of no importance to this format: NOTIFY_ON_EMPTY is legacy, and legacy has no packed rings.
     #[inline]
     pub fn should_signal(&mut self, _in_flight: usize) -> bool {
-        fence(Ordering::SeqCst);
+        // The first time it is the largest number, and everything has been passed.
         let returned = std::mem::take(&mut self.unsignalled);
-        match u16::from_le(self.driver.u16(EVENT_FLAGS).load(Ordering::Acquire)) & EVENT_FLAGS_MASK {
-            EVENT_DISABLE => false,
-            EVENT_DESC if self.features.event_idx => {
-                let event = Place::from_bits(u16::from_le(self.driver.u16(0).load(Ordering::Relaxed)));
-                // Was the event's descriptor among those returned since? One that was skipped counts as well: drivers
-                // ask for places without knowing where a used descriptor will be. True, for safety's sake, when that
-                // can't be told: the first time, after two laps, and for a place that is none.
-                returned >= 2 * u32::from(self.size)
-                    || event.index >= self.size
-                    || self.published.since(event, self.size).wrapping_sub(1) < returned
-            }
-            // ENABLE; or DESC without EVENT_IDX, and the reserved value, which drivers must not use: an interrupt too
-            // many does no harm, one too few stops the guest.
-            _ => true,
-        }
+        order::should_signal(self, self.features.event_idx, |event| {
+            self.published.has_passed(Place::from_bits(event), returned, self.size)
+        })
     }
 
     /// Asks the driver not to notify while we are looking anyway.
     #[inline]
     pub fn disable_notification(&mut self) {
-        self.device
-            .u16(EVENT_FLAGS)
-            .store(EVENT_DISABLE.to_le(), Ordering::Relaxed);
+        order::disable_notification(self);
     }
 
     /// Asks the driver to notify again; true when something came in meanwhile and the ring must be looked at again.
     #[inline]
     pub fn enable_notification(&mut self) -> bool {
-        let flags = if self.features.event_idx {
-            self.device.u16(0).store(self.next_avail().to_le(), Ordering::Relaxed);
-            EVENT_DESC
-        } else {
-            EVENT_ENABLE
-        };
-        self.device.u16(EVENT_FLAGS).store(flags.to_le(), Ordering::Release);
-        fence(Ordering::SeqCst);
-        self.has_work()
+        let flags = order::enable_notification(self, self.features.event_idx, self.next_avail(), self.avail.index);
+        self.avail.is_available(flags) || !self.again.is_empty()
     }
 }
 
@@ -828,6 +841,37 @@ mod tests {
                         here.is_used(flags),
                         flags == here.used_flags() || next.is_available(flags)
                     );
+                }
+            }
+        }
+    }
+
+    /// All of it for small rings: the driver is interrupted when the place it asks for is one of those that were passed, and
+    /// else not.
+    #[test]
+    fn events_of_small_rings() {
+        for size in 1..=7u16 {
+            let n = u32::from(size);
+            let place = |count: u32| Place {
+                index: (count % n) as u16,
+                wrap: (count / n).is_multiple_of(2),
+            };
+            for end in 4 * n..6 * n {
+                for returned in 0..=3 * n {
+                    for event in 0..2 * n {
+                        assert_eq!(
+                            place(end).has_passed(place(event), returned, size),
+                            (end - returned..end).any(|passed| place(passed) == place(event)),
+                            "{event} among the {returned} before {end} of {size}"
+                        );
+                    }
+                    for (index, wrap) in [(size, false), (size, true), (MAX_SIZE - 1, false), (MAX_SIZE - 1, true)] {
+                        let nowhere = Place { index, wrap };
+                        assert!(place(end).has_passed(nowhere, returned, size));
+                    }
+                }
+                for event in 0..2 * n {
+                    assert!(place(end).has_passed(place(event), u32::MAX, size), "the first time");
                 }
             }
         }

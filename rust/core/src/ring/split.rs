@@ -11,14 +11,17 @@
 //!   (we store used.idx and load used_event / avail.flags, the driver does the opposite; and likewise avail_event
 //!   against avail.idx), where acquire and release are not enough.
 //!
+//! These accesses are in [`super::order`], where a model checker gets at them.
+//!
 //! Index arithmetic is modulo 2^16 (`wrapping_*`), as the specification counts; positions in the ring are masked by
 //! the size, a power of two.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{fence, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::Arc;
 
 use super::inflight::SplitTracker;
+use super::order::split as order;
 use super::{append_buffer, find_area, ring_fault, Chain, RingFeatures};
 use crate::crash;
 use crate::error::Fault;
@@ -27,8 +30,6 @@ use crate::memory::{HostArea, MemoryMap};
 const DESC_F_NEXT: u16 = 1;
 const DESC_F_WRITE: u16 = 2;
 const DESC_F_INDIRECT: u16 = 4;
-const AVAIL_F_NO_INTERRUPT: u16 = 1;
-const USED_F_NO_NOTIFY: u16 = 1;
 
 const DESC_SIZE: u64 = 16;
 
@@ -158,6 +159,40 @@ pub struct SplitRing {
     hint: usize,
 }
 
+impl order::Fields for SplitRing {
+    type Word = AtomicU16;
+
+    #[inline]
+    fn avail_flags(&self) -> &AtomicU16 {
+        self.avail.u16(0)
+    }
+
+    #[inline]
+    fn avail_idx(&self) -> &AtomicU16 {
+        self.avail.u16(2)
+    }
+
+    #[inline]
+    fn used_event(&self) -> &AtomicU16 {
+        self.avail.u16(4 + 2 * usize::from(self.size))
+    }
+
+    #[inline]
+    fn used_flags(&self) -> &AtomicU16 {
+        self.used.u16(0)
+    }
+
+    #[inline]
+    fn used_idx(&self) -> &AtomicU16 {
+        self.used.u16(2)
+    }
+
+    #[inline]
+    fn avail_event(&self) -> &AtomicU16 {
+        self.used.u16(4 + 8 * usize::from(self.size))
+    }
+}
+
 impl SplitRing {
     /// Resolves a ring's areas once and for all. `next_avail` is where to go on; the used index continues from what
     /// guest memory says, which for a fresh ring is 0 and after a reconnect what the driver has seen.
@@ -282,7 +317,7 @@ impl SplitRing {
 
     /// avail.idx as the driver has it now.
     pub fn peek_avail_idx(&self) -> u16 {
-        u16::from_le(self.avail.u16(2).load(Ordering::Relaxed))
+        order::peek(self)
     }
 
     /// Whether the driver has made something available that was not taken yet. A look at one field, without the checks
@@ -298,7 +333,7 @@ impl SplitRing {
     /// `ring.avail-index` when the driver's index is more than the ring's size ahead.
     #[inline]
     pub fn available(&mut self) -> Result<u16, Fault> {
-        self.avail_idx = u16::from_le(self.avail.u16(2).load(Ordering::Acquire));
+        self.avail_idx = order::available(self);
         let count = self.avail_idx.wrapping_sub(self.next_avail);
         if count > self.size {
             return Err(ring_fault(
@@ -584,7 +619,7 @@ impl SplitRing {
         if self.next_used == self.published {
             return false;
         }
-        self.used.u16(2).store(self.next_used.to_le(), Ordering::Release);
+        order::publish(self, self.next_used);
         crash::point("split.published");
         if let Some(tracker) = &mut self.tracker {
             tracker.published(self.next_used);
@@ -597,40 +632,20 @@ impl SplitRing {
     /// `in_flight` says how many requests are taken but not used (NOTIFY_ON_EMPTY asks for none of either).
     #[inline]
     pub fn should_signal(&mut self, in_flight: usize) -> bool {
-        fence(Ordering::SeqCst);
         let old = self.signalled.replace(self.published);
-        if self.features.notify_on_empty && in_flight == 0 && self.peek_avail_idx() == self.next_avail {
-            return true;
-        }
-        if self.features.event_idx {
-            let offset = 4 + 2 * usize::from(self.size);
-            let event = u16::from_le(self.avail.u16(offset).load(Ordering::Relaxed));
-            // vring_need_event: was `event` passed between old and published? The first time there is no old.
-            old.is_none_or(|old| self.published.wrapping_sub(event).wrapping_sub(1) < self.published.wrapping_sub(old))
-        } else {
-            u16::from_le(self.avail.u16(0).load(Ordering::Relaxed)) & AVAIL_F_NO_INTERRUPT == 0
-        }
+        let empty_at = (self.features.notify_on_empty && in_flight == 0).then_some(self.next_avail);
+        order::should_signal(self, self.features.event_idx, empty_at, old, self.published)
     }
 
-    /// Asks the driver not to notify while we are looking anyway. With EVENT_IDX the old avail_event does that by
-    /// itself: the driver has passed it.
+    /// Asks the driver not to notify while we are looking anyway.
     #[inline]
     pub fn disable_notification(&mut self) {
-        if !self.features.event_idx {
-            self.used.u16(0).store(USED_F_NO_NOTIFY.to_le(), Ordering::Relaxed);
-        }
+        order::disable_notification(self, self.features.event_idx);
     }
 
     /// Asks the driver to notify again; true when something came in meanwhile and the ring must be looked at again.
     #[inline]
     pub fn enable_notification(&mut self) -> bool {
-        if self.features.event_idx {
-            let offset = 4 + 8 * usize::from(self.size);
-            self.used.u16(offset).store(self.next_avail.to_le(), Ordering::Relaxed);
-        } else {
-            self.used.u16(0).store(0, Ordering::Relaxed);
-        }
-        fence(Ordering::SeqCst);
-        self.has_work()
+        order::enable_notification(self, self.features.event_idx, self.next_avail) || !self.again.is_empty()
     }
 }
