@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""A vhost-user connection as a trio object: whole messages with their file descriptors.
+"""A vhost-user connection: whole messages with their file descriptors.
+
+There can be thousands on which nothing happens, so nobody waits in here for a message to begin: that is the reactor's.
 
 Messages are read in two steps, header and payload, each to its exact length. Reading on beyond a message would save a
 system call, but file descriptors travel with the byte they were sent at: whoever reads two messages at a time can't
@@ -60,10 +62,18 @@ class Channel:
     no bound.
     """
 
-    def __init__(self, sock: trio.socket.SocketType, *, patience: float = 5.0) -> None:
+    __slots__ = ("_patience", "_sending", "_socket", "scope", "serving")
+
+    def __init__(self, sock: socket.socket, *, patience: float = 5.0) -> None:
+        sock.setblocking(False)
         self._socket: Final = sock
         self._patience: Final = patience
-        self._send_lock: Final = trio.Lock()
+        self._sending: trio.Lock | None = None
+        """While somebody sends: thousands of channels don't."""
+        self.serving = False
+        """Whether a task sees to it; for the use of who starts it."""
+        self.scope: trio.CancelScope | None = None
+        """That task's, likewise."""
 
     @classmethod
     def from_fd(cls, fd: int, *, patience: float = 5.0) -> Self:
@@ -73,8 +83,7 @@ class Channel:
         except BaseException:
             os.close(fd)
             raise
-        sock.setblocking(False)
-        return cls(trio.socket.from_stdlib_socket(sock), patience=patience)
+        return cls(sock, patience=patience)
 
     def peer_pid(self) -> int | None:
         """Process id of the peer at connection time, None when the kernel doesn't say."""
@@ -83,80 +92,98 @@ class Channel:
             return int.from_bytes(credentials[:4], "little", signed=True) or None
         return None
 
-    async def _receive(self, size: int, fds: list[int]) -> bytes:
-        """Exactly `size` bytes, fewer only at the end of the stream. Descriptors are appended to `fds` at once."""
-        data = b""
+    def _take(self, size: int, fds: list[int]) -> bytes:
+        """Up to `size` bytes, none at the end of the stream. Descriptors are appended to `fds` at once.
+
+        Raises BlockingIOError when there is nothing.
+        """
+        chunk, ancillary, flags, _ = self._socket.recvmsg(
+            size, _ANCILLARY, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+        )
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                numbers = array.array("i")
+                numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
+                fds.extend(numbers)
+        if flags & socket.MSG_CTRUNC or len(fds) > _MAX_FDS:
+            raise TornMessage("message.fds", f"more than {_MAX_FDS} file descriptors with one message")
+        return chunk
+
+    async def _rest(self, data: bytes, size: int, fds: list[int], deadline: float) -> bytes:
+        """`data` and what follows it, `size` bytes together; fewer only at the end of the stream."""
         while len(data) < size:
-            chunk, ancillary, flags, _ = await self._socket.recvmsg(
-                size - len(data), _ANCILLARY, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-            )
-            for level, kind, payload in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    numbers = array.array("i")
-                    numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
-                    fds.extend(numbers)
-            if flags & socket.MSG_CTRUNC or len(fds) > _MAX_FDS:
-                raise TornMessage("message.fds", f"more than {_MAX_FDS} file descriptors with one message")
+            try:
+                chunk = self._take(size - len(data), fds)
+            except BlockingIOError:
+                with trio.move_on_at(deadline) as scope:
+                    await trio.lowlevel.wait_readable(self._socket)
+                if scope.cancelled_caught:
+                    silence = f"half a message, then {self._patience:g} s of silence"
+                    raise TornMessage("message.silence", silence) from None
+                continue
             if not chunk:
                 break
             data += chunk
         return data
 
-    async def readable(self) -> None:
-        """Wait until there is something to receive, the end included. Nothing is taken.
-
-        Raises trio.ClosedResourceError.
-        """
-        await trio.lowlevel.wait_readable(self._socket)
-
     def fileno(self) -> int:
-        """The socket's descriptor; it stays ours."""
+        """The socket's descriptor; it stays ours. Negative when it is closed."""
         return self._socket.fileno()
 
-    async def receive(self) -> Message:
-        """The next message.
+    async def receive(self) -> Message | None:
+        """The next message; None when none has begun. Waits only for the rest of one that has.
 
         Raises:
             ConnectionEnd: the peer closed the connection.
             TornMessage: half a message, then the end or silence.
             _native.ProtocolError: the header makes no sense.
             OSError: the connection broke.
+            trio.ClosedResourceError: we closed it meanwhile.
 
         When cancelled, or when it raises, descriptors received so far are closed and the stream is of no more use.
         """
         fds: list[int] = []
         try:
-            # The bound starts with the first byte, so wait for that without one.
-            first = await self._receive(1, fds)
-            if not first:
+            try:
+                header = self._take(_HEADER, fds)
+            except BlockingIOError:
+                return None
+            if not header:
                 raise ConnectionEnd
-            with trio.move_on_after(self._patience) as scope:
-                header = first + await self._receive(_HEADER - 1, fds)
-                if len(header) < _HEADER:
-                    raise TornMessage("message.torn", f"connection ended after {len(header)} bytes of a header")
-                size = _native.Session.payload_size(header)
-                payload = await self._receive(size, fds)
-                if len(payload) < size:
-                    raise TornMessage(
-                        "message.torn", f"connection ended after {len(payload)} of {size} bytes of payload"
-                    )
-            if scope.cancelled_caught:
-                raise TornMessage("message.silence", f"half a message, then {self._patience:g} s of silence")
+            # the bound starts with the first byte
+            deadline = trio.current_time() + self._patience
+            header = await self._rest(header, _HEADER, fds, deadline)
+            if len(header) < _HEADER:
+                raise TornMessage("message.torn", f"connection ended after {len(header)} bytes of a header")
+            size = _native.Session.payload_size(header)
+            payload = await self._rest(b"", size, fds, deadline)
+            if len(payload) < size:
+                raise TornMessage("message.torn", f"connection ended after {len(payload)} of {size} bytes of payload")
         except BaseException:
             _native.discard(fds)
             raise
         return Message(header, payload, fds)
 
     async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send all of `data`, with these descriptors, which stay the caller's. Raises OSError. After cancellation the
-        stream is of no more use."""
-        async with self._send_lock:
-            view = memoryview(data)
-            if fds:
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-                view = view[await self._socket.sendmsg([view], rights, socket.MSG_DONTWAIT) :]
-            while view:
-                view = view[await self._socket.send(view, socket.MSG_DONTWAIT) :]
+        """Send all of `data`, with these descriptors, which stay the caller's. After cancellation the stream is of no
+        more use. Raises OSError, trio.ClosedResourceError."""
+        lock = self._sending = self._sending or trio.Lock()
+        try:
+            async with lock:
+                view = memoryview(data)
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+                while view:
+                    if self._socket.fileno() < 0:
+                        raise trio.ClosedResourceError("the channel was closed")
+                    try:
+                        view = view[self._socket.sendmsg([view], rights, socket.MSG_DONTWAIT) :]
+                        # they have gone with the first byte
+                        rights = []
+                    except BlockingIOError:
+                        await trio.lowlevel.wait_writable(self._socket)
+        finally:
+            if not lock.locked() and self._sending is lock:
+                self._sending = None
 
     def shutdown(self) -> None:
         """End the connection in both directions: whoever waits in `receive` or `send` is woken."""

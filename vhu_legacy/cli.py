@@ -517,8 +517,9 @@ async def _serve_group(
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, *hangup) as signals:
             task_status.started()
             async for number in signals:
-                log.info("%s: stopping", signal.Signals(number).name)
-                nursery.cancel_scope.cancel()
+                if not work.cancel_called:
+                    log.info("%s: stopping", signal.Signals(number).name)
+                work.cancel()
 
     async def until_asked(group: Group) -> None:
         async with trio.open_nursery() as inner:
@@ -549,21 +550,24 @@ async def _serve_group(
             log.error("process %d, the supervisor, is gone: stopping", supervisor)
             group.request_stop()
 
+    work = trio.CancelScope()
     async with trio.open_nursery() as nursery:
-        # first of all: a signal during a long start ends it cleanly, too
+        # first of all, and to the last: a signal during a long start ends it cleanly, too, and a second one during the
+        # end changes nothing
         await nursery.start(stop_on_signal)
-        if predecessor is not None:
-            # what the group file says by now is for the next start
-            config = await predecessor.begin()
-        else:
-            config = await read()
-        async with open_group(
-            config, run_dir=run_dir, engine=cast(Engine, engine), fresh=how.fresh, predecessor=predecessor
-        ) as group:
-            try:
-                await until_asked(group)
-            finally:
-                left = group.left
+        with work:
+            if predecessor is not None:
+                # what the group file says by now is for the next start
+                config = await predecessor.begin()
+            else:
+                config = await read()
+            async with open_group(
+                config, run_dir=run_dir, engine=cast(Engine, engine), fresh=how.fresh, predecessor=predecessor
+            ) as group:
+                try:
+                    await until_asked(group)
+                finally:
+                    left = group.left
         nursery.cancel_scope.cancel()
     # also when told to stop: the supervisor has to tell the one that serves
     if left and how.supervisor is not None:

@@ -35,7 +35,7 @@ import trio
 
 from . import _native, state
 from .admin import AdminError, Command, Opcode
-from .backend import VhostUserServer
+from .backend import Host, VhostUserServer
 from .config import (
     MAX_MEMBER_ID,
     SERIAL_BYTES,
@@ -51,6 +51,7 @@ from .doorbells import EventHub
 from .errors import ConfigError, GroupError, MemberError, Problem, StateError, single
 from .functions import MEMBER_FUNCTIONS, FunctionKind, FunctionServer, function_kinds
 from .owner import OwnerDriver, OwnerLink
+from .reactor import Reactor
 from .rundir import QMP_SOCKET, RunDir, default_run_dir, function_socket_name, socket_name, too_long
 from .state import Kept
 
@@ -82,6 +83,8 @@ EVENT_BURST: Final = 32
 """Events of one kind and member that are told at once; beyond, they are merged and paced."""
 EVENT_RATE: Final = 10
 """Events of one kind and member a second, then."""
+PACES: Final = 256
+"""Kinds and members whose pace is kept before it is looked whether that is still needed."""
 DRAIN_TIMEOUT: Final = 10.0
 """Seconds that a member gets to finish what its rings have in flight, before it is reported as still
 draining.
@@ -109,6 +112,8 @@ ASSIGNMENT_INTERVAL: Final = 1.0
 """Seconds between two looks at what a guest that drives the owner has assigned."""
 RESERVED_FDS: Final = 128
 """Descriptors for everything that isn't a member: the pool, the QMP clients, Python."""
+MANY_FDS: Final = RESERVED_FDS + 4096 * 18
+"""What 4,096 members with four queues may need. A hard limit below it is raised by who may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,8 @@ class EventStream:
 class _Pace:
     """How often something may happen: a burst, then a steady rate."""
 
+    __slots__ = ("_since", "_tokens")
+
     def __init__(self) -> None:
         self._tokens = float(EVENT_BURST)
         self._since: float | None = None
@@ -169,6 +176,10 @@ class _Pace:
         self._tokens -= 1
         return True
 
+    def rested(self, now: float) -> bool:
+        """Whether it is as good as new."""
+        return self._since is None or self._tokens + (now - self._since) * EVENT_RATE >= EVENT_BURST
+
 
 @dataclass(eq=False, slots=True)
 class _Device:
@@ -178,8 +189,12 @@ class _Device:
     identity: tuple[int, int] | None
     """Of the image: two devices with the same one share the file, whatever they call it."""
     functions: dict[FunctionKind, FunctionServer] = field(default_factory=dict, kw_only=True)
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope, kw_only=True)
-    stopped: trio.Event = field(default_factory=trio.Event, kw_only=True)
+    scope: trio.CancelScope | None = field(default=None, kw_only=True)
+    """Of its task, where it has one: the owner, and members that the stock daemon serves."""
+    ended: trio.Event | None = field(default=None, kw_only=True)
+    """That task's end."""
+    stopped: bool = field(default=False, kw_only=True)
+    """Nothing can connect to it any more."""
     peer_pid: int | None = field(default=None, kw_only=True)
     peer_function: FunctionKind | None = field(default=None, kw_only=True)
     """Which function that process is a client of; None for the vhost-user socket."""
@@ -198,14 +213,28 @@ class _Slot(_Device):
     """One member and what serves it."""
 
     config: MemberConfig
-    path: Path
+    directory: Path
+    """Where its sockets are."""
     server: VhostUserServer | None
-    lock: trio.Lock = field(default_factory=trio.Lock, kw_only=True)
+    changing: trio.Lock | None = field(default=None, kw_only=True)
+    """Held by who changes it; made by the first."""
     gone: bool = field(default=False, kw_only=True)
     listener: int | None = field(default=None, kw_only=True)
     """The listening socket that a predecessor has handed over."""
     serving: bool = field(default=False, kw_only=True)
-    """Its task has been started, and sees to its end."""
+    """It has been started, and the group sees to its end."""
+
+    @property
+    def path(self) -> Path:
+        """Its vhost-user socket; not kept, since a path takes more memory than all of this."""
+        return self.directory / socket_name(self.config.id)
+
+    @property
+    def lock(self) -> trio.Lock:
+        """For who changes it."""
+        if self.changing is None:
+            self.changing = trio.Lock()
+        return self.changing
 
 
 class _Keeper:
@@ -284,6 +313,8 @@ class Group:
         self._pool = pool
         self._hub = hub
         self._nursery: trio.Nursery | None = None
+        self._reactor = Reactor()
+        self._host = Host(run_dir, hub, self._reactor, self._spawn, self._connection_event, self._server_failed)
         self._slots: dict[int, _Slot] = {}
         self._reserved: set[int] = set()
         self._promised_ids: set[int] = set()
@@ -293,6 +324,7 @@ class Group:
         self._callbacks: list[Callable[[GroupEvent], None]] = []
         self._event_count = 0
         self._paces: dict[tuple[str, int], _Pace] = {}
+        self._most_paces = PACES
         self._held: dict[tuple[str, int], dict[str, Any]] = {}
         self._held_some = trio.Event()
         self._owner: _Owner | None = None
@@ -459,6 +491,8 @@ class Group:
         key = (kind, member_id)
         pace = self._paces.get(key)
         if pace is None:
+            if len(self._paces) >= self._most_paces:
+                self._forget_paces()
             pace = self._paces[key] = _Pace()
         if key not in self._held and pace.take(trio.current_time()):
             self._emit(kind, member_id, data)
@@ -470,6 +504,12 @@ class Group:
         self._held[key] = merged
         self._held_some.set()
         return False
+
+    def _forget_paces(self) -> None:
+        """Of most members nothing has been heard for long."""
+        now = trio.current_time()
+        self._paces = {key: pace for key, pace in self._paces.items() if key in self._held or not pace.rested(now)}
+        self._most_paces = max(PACES, 2 * len(self._paces))
 
     async def _tell_held(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Emit held events when their time has come, until cancelled."""
@@ -799,7 +839,7 @@ class Group:
                 reserved.append(config)
             opened = await trio.to_thread.run_sync(self._open_members, configs)
             slots = [
-                self._make_slot(config, member, self.run_dir / socket_name(config.id), identity)
+                self._make_slot(config, member, identity)
                 for config, member, identity in zip(configs, opened, identities, strict=True)
             ]
             for kept, slot in zip(batch, slots, strict=True):
@@ -877,13 +917,11 @@ class Group:
                     raise
             time.sleep(LOCK_INTERVAL)
 
-    def _make_slot(
-        self, config: MemberConfig, member: _native.Member, path: Path, identity: tuple[int, int] | None
-    ) -> _Slot:
+    def _make_slot(self, config: MemberConfig, member: _native.Member, identity: tuple[int, int] | None) -> _Slot:
         server = None
         if self.engine == "native":
-            server = VhostUserServer(member, path, self._hub, self._connection_event)
-        return _Slot(member, identity, config, path, server)
+            server = VhostUserServer(member, self._host)
+        return _Slot(member, identity, config, self.run_dir, server)
 
     def _leave_group(self, member_id: int) -> None:
         with suppress(KeyError):
@@ -896,7 +934,10 @@ class Group:
         async def start(slot: _Slot) -> None:
             assert self._nursery is not None
             try:
-                await self._nursery.start(self._serve, slot)
+                if slot.server is None:
+                    await self._nursery.start(self._serve, slot)
+                else:
+                    await self._listen(slot, slot.server)
                 slot.serving = True
             except Exception as raised:
                 error = single(raised)
@@ -908,14 +949,53 @@ class Group:
                 refused.__cause__ = error
                 errors.append(refused)
 
-        if len(slots) == 1:
-            await start(slots[0])
+        if self.engine == "native":
+            # who is cancelled while the group ends opens no more sockets
+            await trio.lowlevel.checkpoint()
+            for slot in slots:
+                await start(slot)
         else:
             async with trio.open_nursery() as nursery:
                 for slot in slots:
                     nursery.start_soon(start, slot)
         if errors:
             raise min(errors, key=lambda error: error.member_id or 0)
+
+    async def _listen(self, slot: _Slot, server: VhostUserServer) -> None:
+        """Serve a member from now on. Raises OSError, NativeError; its sockets are gone then."""
+        listener, slot.listener = slot.listener, None
+        try:
+            self._listen_functions(slot)
+            taken, listener = listener, None
+            server.start(taken)
+        except BaseException:
+            if listener is not None:
+                os.close(listener)
+            await self._stop(slot)
+            raise
+
+    async def _stop(self, slot: _Slot) -> None:
+        """Let nothing connect to a member any more, and drop who is. Ends in a bounded time, whoever is cancelled."""
+        if slot.scope is not None:
+            slot.scope.cancel()
+        with trio.CancelScope(shield=True):
+            if slot.server is not None:
+                # a function's client is dropped, too, when the vhost-user listener has failed: the member is out of use
+                await slot.server.aclose()
+                await self._close_functions(slot)
+                slot.stopped = True
+            elif slot.ended is not None:
+                await slot.ended.wait()
+
+    def _server_failed(self, member_id: int, error: Exception) -> None:
+        text = "member %d: its listener failed; nothing can connect to it any more"
+        log.error(text, member_id, exc_info=error)
+        slot = self._slots.get(member_id)
+        if slot is None or slot.stopped:
+            return
+        reason = f"{type(error).__name__}: {error}"
+        self._emit("broken", member_id, {"rule": "backend.listener", "reason": reason, "queue": None})
+        self._spawn(functools.partial(self._stop, slot))
 
     def _listen_functions(self, slot: _Slot) -> None:
         """Have just those functions served that the member has. Raises OSError, NativeError."""
@@ -936,6 +1016,8 @@ class Group:
 
     async def _close_functions(self, device: _Device, *, keep: tuple[FunctionKind, ...] = ()) -> None:
         """Close the functions' sockets, all at once: each may have to wait for requests in flight."""
+        if not device.functions:
+            return
         async with trio.open_nursery() as nursery:
             for kind in [kind for kind in device.functions if kind not in keep]:
                 nursery.start_soon(device.functions.pop(kind).aclose)
@@ -980,11 +1062,9 @@ class Group:
             member = await trio.to_thread.run_sync(self._make_owner, config, image_fd)
         except (_native.NativeError, ValueError, OSError) as refused:
             raise GroupError(f"owner: {refused}") from refused
-        owner = self._owner = _Owner(member, identity, config)
+        self._owner = _Owner(member, identity, config)
         self._use_image(OWNER, identity, config.read_only)
         self._fds_promised += self._fds(config)
-        if not config.vfio_user:
-            owner.stopped.set()
 
     async def serve_owner(self) -> None:
         """Serve the owner as a PCI function, if it shall be and isn't yet. Raises GroupError."""
@@ -1022,6 +1102,7 @@ class Group:
 
     async def _serve_owner(self, owner: _Owner, *, task_status: trio.TaskStatus[None]) -> None:
         owner.scope = trio.CancelScope()
+        owner.ended = trio.Event()
         try:
             with owner.scope:
                 owner.functions["owner"] = self._function_server(owner.member, OWNER, "owner")
@@ -1029,7 +1110,7 @@ class Group:
                 await trio.sleep_forever()
         finally:
             await self._close_functions(owner)
-            owner.stopped.set()
+            owner.ended.set()
 
     # --- for `upgrade` ------------------------------------------------------------------------------------
 
@@ -1113,9 +1194,10 @@ class Group:
     async def close_owner_functions(self) -> None:
         """Remove the owner's vfio-user socket, and drop its client."""
         if self._owner is not None and self._owner.functions:
+            assert self._owner.scope is not None
+            assert self._owner.ended is not None
             self._owner.scope.cancel()
-            await self._owner.stopped.wait()
-            self._owner.stopped = trio.Event()
+            await self._owner.ended.wait()
 
     async def reopen_owner(self) -> None:
         """The end of `close_owner_functions`. What can't be served is logged."""
@@ -1137,7 +1219,7 @@ class Group:
         slots = []
         for kept, member, identity in zip(batch, members, identities, strict=True):
             config = kept.config
-            slot = self._make_slot(config, member, self.run_dir / socket_name(config.id), identity)
+            slot = self._make_slot(config, member, identity)
             self._slots[config.id] = slot
             self._device.add(member)
             if kept.features is not None:
@@ -1160,19 +1242,18 @@ class Group:
         async with slot.lock:
             if slot.gone:
                 raise MemberError(member_id, "there is no such member")
-            if slot.member.attached and not force and not slot.stopped.is_set():
+            if slot.member.attached and not force and not slot.stopped:
                 who = "" if slot.peer_pid is None else f" (pid {slot.peer_pid})"
                 reason = f"attached to a front end{who}; unplug it there first, or use force to cut it off"
                 raise MemberError(member_id, reason)
-            if slot.member.attached and not slot.stopped.is_set():
+            if slot.member.attached and not slot.stopped:
                 reason = "the member is being deleted"
                 for function in slot.functions.values():
                     function.disconnect(reason)
                 if slot.server is not None:
                     with trio.move_on_after(DRAIN_TIMEOUT):
                         await slot.server.disconnect(reason)
-            slot.scope.cancel()
-            await slot.stopped.wait()
+            await self._stop(slot)
             # from here on commands to it are answered as to any member that isn't there
             self._leave_group(member_id)
             await self._close_member(slot)
@@ -1371,7 +1452,7 @@ class Group:
 
     async def _change_functions(self, slot: _Slot) -> None:
         """After `legacy` has changed: serve those functions that the member has now."""
-        if slot.stopped.is_set():
+        if slot.stopped:
             return
         keep = function_kinds(legacy=slot.config.legacy)
         await self._close_functions(slot, keep=keep)
@@ -1427,6 +1508,7 @@ class Group:
     # --- tasks --------------------------------------------------------------------------------------------
 
     async def _serve(self, slot: _Slot, *, task_status: trio.TaskStatus[None]) -> None:
+        """Serve a member by the stock daemon."""
         member_id = slot.config.id
         listening = False
 
@@ -1440,14 +1522,12 @@ class Group:
                 listening = True
                 task_status.started()
 
+        slot.scope = trio.CancelScope()
+        slot.ended = trio.Event()
         try:
             with slot.scope:
                 self._listen_functions(slot)
-                if slot.server is not None:
-                    listener, slot.listener = slot.listener, None
-                    await slot.server.run(listener, task_status=Started())
-                else:
-                    await self._serve_daemon(slot, Started())
+                await self._serve_daemon(slot, Started())
         except Exception as error:
             if not listening:
                 raise
@@ -1455,9 +1535,9 @@ class Group:
             reason = f"{type(error).__name__}: {error}"
             self._emit("broken", member_id, {"rule": "backend.listener", "reason": reason, "queue": None})
         finally:
-            # a function's client is dropped, too, when the vhost-user listener has failed: the member is out of use
             await self._close_functions(slot)
-            slot.stopped.set()
+            slot.stopped = True
+            slot.ended.set()
 
     async def _serve_daemon(self, slot: _Slot, task_status: trio.TaskStatus[None]) -> None:
         """Serve by the stock daemon, in a thread of the member's own. It reports no connections."""
@@ -1501,16 +1581,28 @@ class Group:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                await nursery.start(self._reactor.run)
                 await nursery.start(self._tell_held)
                 await nursery.start(self._tell_traces)
                 if self.config.feature_management and self.config.owner is not None and self.config.owner.vfio_user:
                     await nursery.start(self._watch_assignments)
                 task_status.started()
-                await trio.sleep_forever()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    await self._stop_all()
         finally:
             self._nursery = None
             self.stopping.set()
+            self._reactor.close()
             await _in_thread_shielded(self._close_members)
+
+    async def _stop_all(self) -> None:
+        """Stop all members, together: each may have to wait for requests in flight."""
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                for slot in self._slots.values():
+                    nursery.start_soon(self._stop, slot)
 
     def _close_members(self) -> None:
         devices: list[tuple[int, _Device]] = [(slot.config.id, slot) for slot in self._slots.values()]
@@ -1685,7 +1777,14 @@ def _is_listening(path: Path) -> bool:
 
 
 def _raise_fd_limit() -> None:
+    """As far as it may be, and members may want it: they are cheap but for their descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < MANY_FDS:
+        # beyond the hard limit only root gets, and not even root everywhere (CAP_SYS_RESOURCE)
+        with suppress(OSError, ValueError):
+            highest = min(MANY_FDS, int(Path("/proc/sys/fs/nr_open").read_text()))
+            if highest > hard:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))
+                return
     if soft != hard:
-        # members are cheap but for their descriptors; the hard limit is what the administrator means to allow
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -131,7 +131,7 @@ def _lock_request(kind: int) -> bytes:
     return _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0)
 
 
-def bind_unix(path: Path) -> socket.socket:
+def bind_unix(path: Path, backlog: int = 128) -> socket.socket:
     """A listening Unix socket that only this user can connect to.
 
     A socket file that nobody listens on any more is replaced; anything else at that path is left alone and
@@ -148,7 +148,7 @@ def bind_unix(path: Path) -> socket.socket:
             sock.bind(os.fsencode(path))
         # nobody can connect before listen(), so there is no moment at which the wrong mode matters
         path.chmod(0o600)
-        sock.listen(128)
+        sock.listen(backlog)
     except BaseException:
         sock.close()
         raise

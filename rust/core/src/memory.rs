@@ -74,6 +74,8 @@ pub struct Mapping {
     file: Option<Kept>,
     /// None for memory that has no file, and while dropping.
     guard: Option<Guard>,
+    /// What is written is in the file, for everybody.
+    shared: bool,
 }
 
 /// An fd that counts against [`MAX_KEPT`].
@@ -157,6 +159,7 @@ impl Mapping {
             len: size,
             file: None,
             guard: None,
+            shared: kind & libc::MAP_SHARED != 0,
         })
     }
 }
@@ -168,6 +171,16 @@ fn refuse(reason: String) -> Fault {
 impl Mapping {
     fn lost(&self) -> bool {
         self.guard.as_ref().is_some_and(Guard::lost)
+    }
+
+    /// Takes the pages out of our page tables; the next access finds them again in the file.
+    fn rest(&self) {
+        if self.shared {
+            // SAFETY: the whole of a mapping that is ours. A shared one of a file has its contents in the file, so this
+            // changes nothing that can be read. (Pages the guard has put in place of lost ones read as zeroes, as they may:
+            // they are lost.) An error is as good as doing nothing.
+            unsafe { libc::madvise(self.addr.as_ptr().cast(), self.len, libc::MADV_DONTNEED) };
+        }
     }
 }
 
@@ -870,6 +883,16 @@ impl HostArea {
             len,
             keep: Arc::clone(&self.keep),
         })
+    }
+
+    /// Has the pages count as ours no more, until they are used again. All of the memory map that this is part of: not
+    /// for guest memory.
+    pub fn rest(&self) {
+        for region in &self.keep.regions {
+            if let Backing::Mapped(mapping) = &region.backing {
+                mapping.rest();
+            }
+        }
     }
 
     /// Whether the memory was taken away by its owner.

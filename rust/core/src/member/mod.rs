@@ -1321,6 +1321,10 @@ impl Member {
             Handle::Thread(started)
         } else {
             let mut runner = Runner::new(device, map, setup)?;
+            if let Some(inflight) = &registers.inflight {
+                // A member that does nothing should cost nothing; of this page it has read and written the head.
+                inflight.area.rest();
+            }
             if index < u64::from(self.device.queues()) {
                 runner.set_poll(self.poll);
             }
