@@ -301,8 +301,10 @@ class Session:
     @property
     def config_pending(self) -> bool:
         """Whether it is still to be told of a change."""
-    def set_config_read(self) -> None:
-        """The front end has read the configuration from a predecessor."""
+    def take_over(self, config_read: bool) -> None:
+        """A predecessor's snapshot comes next. config_read: the front end had read the configuration from it."""
+    def taken_over(self) -> None:
+        """The snapshot is complete: from here on it is the front end that speaks."""
     def detach(self) -> int | None:
         """Let go of the member: stop its rings. A token to wait for, or None when nothing was running. Idempotent."""
 

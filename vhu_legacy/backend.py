@@ -885,13 +885,13 @@ class VhostUserServer:
             messages.insert(1, message)
         try:
             session = _native.Session(self._member)
-            if held.config_read:
-                session.set_config_read()
+            session.take_over(held.config_read)
             for number, message in enumerate(messages):
                 if number == len(messages) - len(held.rings):
                     # rings run from some message on
                     self.untouched = False
                 await self._replay(session, message)
+            session.taken_over()
         except BaseException:
             for message in messages:
                 _native.discard(_fds_of(message))

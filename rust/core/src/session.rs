@@ -300,6 +300,7 @@ pub struct Session {
     config_pending: bool,
     config_read: bool,
     detached: bool,
+    taken_over: bool,
 }
 
 impl Session {
@@ -317,6 +318,7 @@ impl Session {
             config_pending: false,
             config_read: false,
             detached: false,
+            taken_over: false,
         })
     }
 
@@ -576,7 +578,10 @@ impl Session {
                     .first()
                     .ok_or_else(|| Fault::new("message.fds", "a log without its fd"))?;
                 let mappings = member.pool().mappings();
-                let token = member.set_log(DirtyLog::map(mappings, fd, log.mmap_size, log.mmap_offset)?)?;
+                let token = member.set_log(
+                    DirtyLog::map(mappings, fd, log.mmap_size, log.mmap_offset)?,
+                    !self.taken_over,
+                )?;
                 Ok(match token {
                     Some(token) => Done::Pending(token, After::Log),
                     None => Done::Reply(0u64.to_le_bytes().to_vec()),
@@ -967,9 +972,16 @@ impl Session {
         self.config_pending
     }
 
-    /// Goes on for a session of a predecessor that the front end had read the configuration from.
-    pub fn set_config_read(&mut self) {
-        self.config_read = true;
+    /// What comes next is the snapshot of a predecessor's session, and not the front end's. `config_read`: the front end had
+    /// read the configuration from it.
+    pub fn take_over(&mut self, config_read: bool) {
+        self.taken_over = true;
+        self.config_read = config_read;
+    }
+
+    /// The snapshot has been replayed; from here on it is the front end that speaks.
+    pub fn taken_over(&mut self) {
+        self.taken_over = false;
     }
 
     /// Lets go of the member. Some: wait for this completion, then `resume`. Idempotent.

@@ -361,7 +361,10 @@ fn a_log_that_shrinks_breaks_its_member_only() {
         member.add_memory(region).unwrap();
         let log = Log::all();
         assert!(member
-            .set_log(DirtyLog::map(pool.mappings(), &peer(&log.file), log.file.metadata().unwrap().len(), 0).unwrap())
+            .set_log(
+                DirtyLog::map(pool.mappings(), &peer(&log.file), log.file.metadata().unwrap().len(), 0).unwrap(),
+                true
+            )
             .unwrap()
             .is_none());
         member.set_features(feature::LOG_ALL, feature::LOG_ALL).unwrap();

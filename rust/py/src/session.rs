@@ -164,8 +164,12 @@ impl Session {
         self.lock().config_pending()
     }
 
-    fn set_config_read(&self) {
-        self.lock().set_config_read();
+    fn take_over(&self, config_read: bool) {
+        self.lock().take_over(config_read);
+    }
+
+    fn taken_over(&self) {
+        self.lock().taken_over();
     }
 
     fn detach(&self) -> Option<u64> {

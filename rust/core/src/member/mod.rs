@@ -855,11 +855,22 @@ impl Member {
 
     /// The front end's log of written pages; it is kept while LOG_ALL is accepted. Some: wait until all rings have it.
     ///
+    /// `whole`: all of memory is marked when no ring serves yet. A log that comes before the rings do is that of a migration
+    /// which began with another process, now dead. What that one marked last is lost when its connection breaks (seen with QEMU
+    /// 11.1.3: pages of a migrated guest were old), and which pages those were nobody knows.
+    ///
     /// # Errors
     /// `log.size`.
-    pub fn set_log(&self, log: DirtyLog) -> std::result::Result<Option<u64>, Fault> {
+    pub fn set_log(&self, log: DirtyLog, whole: bool) -> std::result::Result<Option<u64>, Fault> {
         let mut registers = self.lock();
         log.covers(&registers.map)?;
+        let features = registers.driver_features;
+        let serves = |queue: &Queue| queue.running().is_some() && queue.may_run(features);
+        if whole && registers.logging && !registers.queues.iter().any(serves) {
+            for region in registers.map.regions() {
+                log.mark(region.guest, region.size);
+            }
+        }
         registers.log = Some(Arc::new(log));
         let log = registers.active_log();
         Ok(self.tell_running(&registers, |handle, done| handle.set_log(log.clone(), done)))
