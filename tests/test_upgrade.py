@@ -613,7 +613,7 @@ def test_members_change_meanwhile(serve: Serve, loads: Callable[..., Load]) -> N
         while not stop.is_set():
             try:
                 client = QmpClient(group.ready["qmp"])
-            except (OSError, AssertionError, ValueError):
+            except (OSError, EOFError, AssertionError, ValueError):
                 continue
             try:
                 while not stop.is_set():
@@ -624,7 +624,7 @@ def test_members_change_meanwhile(serve: Serve, loads: Callable[..., Load]) -> N
                 # nothing has been done, unless it was by a process that had no time to say so
                 refusals.append(str(error))
                 number += 1
-            except (OSError, ValueError):
+            except (OSError, EOFError, ValueError):
                 # its process has gone, perhaps after it had done it
                 pass
             finally:
