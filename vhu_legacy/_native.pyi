@@ -12,14 +12,17 @@ __all__ = [
     "DeviceGroup",
     "Function",
     "ImageError",
+    "MasterOutcome",
     "Member",
     "NativeError",
     "Outcome",
     "Pool",
     "ProtocolError",
     "Session",
+    "SharedMemoryOperation",
     "VfioUserServer",
     "VhostUserDaemon",
+    "VhostUserDevice",
     "discard",
 ]
 
@@ -284,8 +287,18 @@ class Session:
         """Mark the member broken for something seen outside (a torn message, a silent peer)."""
     def config_change(self) -> bytes | None:
         """The CONFIG_CHANGE message for the back-end channel, or None when the front end can't take it now."""
-    def backend_reply(self, header: bytes, payload: bytes) -> None:
-        """Check a reply on the back-end channel. Raises ProtocolError."""
+    def shared_memory(self, map: bool, offset: int, size: int, fd_offset: int) -> bytes | None:
+        """The message that has the front end map `size` bytes of a file, from `fd_offset` on, at `offset` of the device's
+        shared memory region (or unmap them), for the back-end channel; None: not now. The file's fd goes with a map. It must
+        be sent before another message of the front end is handled, and answered before the next one is asked for."""
+    @property
+    def has_shared_memory(self) -> bool:
+        """Whether the front end has accepted what `shared_memory` needs."""
+    def backend_reply(self, header: bytes, payload: bytes) -> bool | None:
+        """Check a reply on the back-end channel. The one to `shared_memory` says whether it was done; None for others.
+
+        Raises ProtocolError.
+        """
     def freeze(self) -> int | None:
         """Stop the rings, so that a successor can go on. Wait for the token, if there is one, and `resume` it; then
         `snapshot`, and then either `detach` or the ring messages of the snapshot, which start the rings again."""
@@ -307,6 +320,106 @@ class Session:
         """The snapshot is complete: from here on it is the front end that speaks."""
     def detach(self) -> int | None:
         """Let go of the member: stop its rings. A token to wait for, or None when nothing was running. Idempotent."""
+
+@final
+class SharedMemoryOperation:
+    """Something to be mapped into, or unmapped from, a device's shared memory region by its front end."""
+
+    @property
+    def map(self) -> bool: ...
+    @property
+    def offset(self) -> int:
+        """In the region, bytes."""
+    @property
+    def size(self) -> int: ...
+    @property
+    def fd_offset(self) -> int:
+        """In the file, bytes."""
+    def fileno(self) -> int:
+        """The file's descriptor, which stays this object's."""
+
+@final
+class MasterOutcome:
+    """What a message of the master leaves to do."""
+
+    @property
+    def operations(self) -> list[SharedMemoryOperation]:
+        """To be carried out by the device's front end one by one, `VhostUserDevice.carried_out` after each, then `commit`. If
+        there are none the message is on its way to the driver."""
+    def take_channel(self) -> int | None:
+        """The socket for requests of the slave, from then on the caller's."""
+
+@final
+class VhostUserDevice:
+    """A virtio-vhost-user device (v5), with the member that has its registers.
+
+    A "relay" event (`Pool.take_events`) says that something has changed: the slave went up or down, a message was taken
+    (`waiting`) or sent (`take`).
+    """
+
+    MAX_QUEUES: Final[int]
+    QUEUE_SIZE: Final[int]
+
+    def __new__(
+        cls,
+        pool: Pool,
+        id: int,
+        *,
+        max_queues: int,
+        uuid: bytes,
+        shared_memory: int,
+        vectors: int,
+        ram_file: tuple[int, int] | None = None,
+    ) -> VhostUserDevice:
+        """`uuid`: 16 bytes, all 0 for none. `shared_memory`: bytes of the region, a power of two. `ram_file`: (fd, bytes) of
+        the file that the region's first bytes show for good when the device is a PCI function; the fd is the device's.
+
+        Raises NativeError.
+        """
+    @property
+    def member(self) -> Member:
+        """For a vhost-user session."""
+    def function(self) -> Function:
+        """The device as a PCI function. Raises NativeError."""
+    @property
+    def slave_up(self) -> bool:
+        """The driver has set SLAVE_UP, and can be reached: a master may connect."""
+    @property
+    def ready(self) -> bool:
+        """All rings run: the driver and the front end can be sent something."""
+    @property
+    def session(self) -> int | None:
+        """The number of the connected master's session. It ends when the slave goes down, is reset, or is gone."""
+    @property
+    def waiting(self) -> int:
+        """Messages that the driver hasn't taken yet. No other of the master's is to be read before there are none."""
+    def leftovers(self) -> list[SharedMemoryOperation]:
+        """What an earlier master has left in the region, to be unmapped before the next one connects."""
+    def connect_master(self) -> int:
+        """A master has connected: MASTER_UP. Returns the number of the session.
+
+        A driver behind a vhost-user front end has to be told (`VhostUserServer.config_changed`). Raises BusyError.
+        """
+    def disconnect_master(self, session: int, rule: str | None = None, reason: str | None = None) -> bool:
+        """The master has gone: SLAVE_UP and MASTER_UP are cleared. With a rule: it is sent away for that.
+
+        False when the session had ended before. The driver is told as by `connect_master`.
+        """
+    def handle(self, session: int, header: bytes, payload: bytes, fds: list[int]) -> MasterOutcome:
+        """Take a whole message of the master's. The fds are consumed, whatever happens.
+
+        Raises ProtocolError: the session has ended because of that.
+        """
+    def carried_out(self, operation: SharedMemoryOperation) -> None:
+        """The front end has done this."""
+    def commit(self, session: int) -> None:
+        """All operations of the last message were carried out: the driver may see it."""
+    def handle_channel(self, session: int, header: bytes, payload: bytes) -> None:
+        """Take an answer of the master's to a request of the slave's. Raises ProtocolError, as `handle`."""
+    def take(self) -> list[tuple[bool, bytes]]:
+        """What the slave has sent: whether it goes to the channel for its requests, and header and payload."""
+    def info(self) -> dict[str, Any]:
+        """Everything about the device; see docs/QMP.md."""
 
 @final
 class VhostUserDaemon:

@@ -42,6 +42,11 @@ pub enum Event {
         /// Member.
         member: u32,
     },
+    /// A virtio-vhost-user device has something for its relay.
+    Relay {
+        /// Member.
+        member: u32,
+    },
     /// A client has connected to a PCI function.
     FunctionConnected {
         /// Member; 0 is the owner.
@@ -68,6 +73,7 @@ enum Kind {
     Status,
     Broken,
     Config,
+    Relay,
     Connected(&'static str),
     Disconnected(&'static str),
 }
@@ -95,10 +101,14 @@ impl Queue {
             Event::Status { member, .. } => (*member, Kind::Status),
             Event::Broken { member, .. } => (*member, Kind::Broken),
             Event::Config { member } => (*member, Kind::Config),
+            Event::Relay { member } => (*member, Kind::Relay),
             Event::FunctionConnected { member, function, .. } => (*member, Kind::Connected(function)),
             Event::FunctionDisconnected { member, function, .. } => (*member, Kind::Disconnected(function)),
         };
         match key.1 {
+            // It says nothing but that there is something.
+            Kind::Relay if self.places.contains_key(&key) => {}
+            Kind::Relay => self.add(key, event),
             // The last one is what counts; of a status also where it began.
             Kind::Status | Kind::Broken | Kind::Config => {
                 let full = self.places.get(&key).filter(|(count, _)| *count >= MOST);

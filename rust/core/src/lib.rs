@@ -26,4 +26,5 @@ pub mod sys;
 pub mod uring;
 pub mod vfio_user;
 pub mod vub;
+pub mod vvu;
 pub mod worker;

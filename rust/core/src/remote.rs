@@ -74,6 +74,7 @@ enum Command {
     SetMemory(Arc<MemoryMap>, Completion),
     SetFeatures(u64, Completion),
     Resume(u16),
+    Look,
 }
 
 /// How the thread is talked to.
@@ -196,6 +197,11 @@ impl RemoteRunner {
     /// Allows or forbids taking requests; those in flight go on.
     pub fn enable(&self, on: bool, done: Completion) {
         self.0.send(Command::Enable(on, done));
+    }
+
+    /// Has the ring looked at: the device can do with another request.
+    pub fn look(&self) {
+        self.0.send(Command::Look);
     }
 
     /// Replaces the way the driver is interrupted.
@@ -511,6 +517,7 @@ impl Queue {
                 self.enabled = on;
                 self.look = true;
             }
+            Command::Look => self.look = true,
             Command::SetCall(call, _done) => {
                 let old = std::mem::replace(&mut self.setup.call, call);
                 if self.signalling {
@@ -565,10 +572,10 @@ impl Queue {
     fn pass(&mut self) -> Outcome<()> {
         self.open()?;
         loop {
-            while self.in_flight < self.limit() && self.fetch_ring()? {
+            while self.in_flight < self.limit() && self.gate_open() && self.fetch_ring()? {
                 self.take()?;
             }
-            if self.in_flight >= self.limit() {
+            if self.in_flight >= self.limit() || !self.gate_open() {
                 return Ok(());
             }
             let (Some(areas), Some(ring)) = (&mut self.areas, &mut self.ring) else {
@@ -580,6 +587,10 @@ impl Queue {
                 return Ok(());
             }
         }
+    }
+
+    fn gate_open(&self) -> bool {
+        !self.device.gated() || self.device.may_take(self.setup.index)
     }
 
     fn limit(&self) -> usize {
@@ -734,6 +745,7 @@ impl Queue {
             piece.clear();
         }
         let context = QueueContext {
+            queue: self.setup.index,
             driver_features: self.setup.driver_features,
             counters: &self.setup.stats.counters,
             waker: Some((&self.wakers, number)),
@@ -800,6 +812,7 @@ impl Queue {
             return;
         };
         let context = QueueContext {
+            queue: self.setup.index,
             driver_features: self.setup.driver_features,
             counters: &self.setup.stats.counters,
             waker: Some((&self.wakers, number)),
@@ -888,9 +901,9 @@ impl Queue {
     }
 
     fn signal(&mut self) {
-        if let Some(isr) = &self.setup.call.isr {
+        if let Some((isr, bits)) = &self.setup.call.isr {
             // Before the interrupt: its handler looks there.
-            isr.fetch_or(1, Ordering::Release);
+            isr.fetch_or(*bits, Ordering::Release);
         }
         if self.signalling {
             self.signal_again = true;

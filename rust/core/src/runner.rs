@@ -93,8 +93,9 @@ impl QueueStats {
 pub struct Call {
     /// Signalled for each interrupt; None: the driver polls.
     pub fd: Option<Arc<OwnedFd>>,
-    /// The ISR status register, where the interrupt is to be seen there (PCI without MSI-X): bit 0 is set before the signal.
-    pub isr: Option<Arc<AtomicU8>>,
+    /// The ISR status register, where the interrupt is to be seen there (PCI without MSI-X), and the bits that are set before
+    /// the signal.
+    pub isr: Option<(Arc<AtomicU8>, u8)>,
 }
 
 impl Call {
@@ -195,6 +196,8 @@ pub struct Runner {
     wakers: Option<WakerFactory>,
     /// One request at a time, in the order of the ring.
     serial: bool,
+    /// The device says when it can do with another request.
+    gated: bool,
     /// High half of the user data of everything this queue submits.
     tag: u64,
     /// An interrupt is on its way: there is never more than one, so that a full eventfd can't pile them up.
@@ -253,7 +256,7 @@ impl Runner {
         if let Some(area) = setup.inflight {
             ring.track(area).map_err(|fault| fault.on_queue(setup.index))?;
         }
-        let serial = device.serial();
+        let (serial, gated) = (device.serial(), device.gated());
         let mut runner = Self {
             device,
             ring,
@@ -269,6 +272,7 @@ impl Runner {
             call: setup.call,
             wakers: None,
             serial,
+            gated,
             tag: 0,
             signalling: false,
             signal_again: false,
@@ -398,7 +402,7 @@ impl Runner {
         // With INTx before and after, the ISR status says whether an interrupt is due; to make one up would make the next
         // each time it is unmasked.
         let due = match (&old.isr, &self.call.isr) {
-            (Some(_), Some(isr)) => isr.load(Ordering::Acquire) != 0,
+            (Some(_), Some((isr, bits))) => isr.load(Ordering::Acquire) & bits != 0,
             _ => self.ring.used_idx() != 0 || self.stats.calls.load(Ordering::Relaxed) != 0,
         };
         if self.signalling {
@@ -514,7 +518,10 @@ impl Runner {
     #[inline]
     pub fn keep_looking(&mut self, alone: bool) -> bool {
         if !self.polling.is_on() {
-            return alone && self.look_again();
+            return alone && self.gate_open() && self.look_again();
+        }
+        if !self.gate_open() {
+            return false;
         }
         let work = self.ring.has_work() && self.held() < self.limit();
         work || self.polling.empty(Instant::now()) || (alone && self.look_again())
@@ -561,7 +568,13 @@ impl Runner {
     pub fn enable_notification(&mut self) -> bool {
         let more = self.ring.enable_notification();
         self.log_ring();
-        more && self.held() < self.limit()
+        more && self.held() < self.limit() && self.gate_open()
+    }
+
+    /// Whether the device can do with another request. While it can't, whoever changes that has the ring looked at.
+    #[inline]
+    fn gate_open(&self) -> bool {
+        !self.gated || self.device.may_take(self.index)
     }
 
     /// Requests taken and not used.
@@ -603,6 +616,9 @@ impl Runner {
             if self.held() >= self.limit() {
                 break;
             }
+            if !self.gate_open() {
+                break;
+            }
             let Some(slot) = self.slot() else { break };
             if self.serial && self.in_flight > 0 {
                 self.free.push(slot);
@@ -638,6 +654,7 @@ impl Runner {
             taken += 1;
             bytes += request.chain.readable.len() + request.chain.writable.len();
             let context = QueueContext {
+                queue: self.index,
                 driver_features: self.driver_features,
                 counters: &self.stats.counters,
                 waker: self.wakers.as_ref().map(|wakers| (wakers, slot)),
@@ -717,6 +734,7 @@ impl Runner {
         };
         let generation = *generation;
         let context = QueueContext {
+            queue: self.index,
             driver_features: self.driver_features,
             counters: &self.stats.counters,
             waker: self.wakers.as_ref().map(|wakers| (wakers, slot)),
@@ -826,10 +844,10 @@ impl Runner {
     }
 
     fn signal(&mut self, uring: &mut Uring) {
-        if let Some(isr) = &self.call.isr {
+        if let Some((isr, bits)) = &self.call.isr {
             // Before the interrupt: its handler looks there. After `publish`, which came with a release: what the handler
             // finds in the ring is at least as new.
-            isr.fetch_or(1, Ordering::Release);
+            isr.fetch_or(*bits, Ordering::Release);
         }
         if self.signalling {
             self.signal_again = true;

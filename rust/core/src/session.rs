@@ -60,6 +60,19 @@ pub fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::STATUS
 }
 
+/// Those for a device with shared memory. Nothing of it can be migrated, nor is anything in flight when its rings stop. STATUS is
+/// missing: QEMU's front end for any device (vhost-user-test-device, 11.1) never says DRIVER_OK by it, so that it would only
+/// mislead.
+fn shared_memory_features() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::BACKEND_REQ
+        | VhostUserProtocolFeatures::BACKEND_SEND_FD
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::SHMEM
+}
+
 /// What is to be done after a message.
 #[derive(Default)]
 pub struct Outcome {
@@ -137,6 +150,7 @@ fn rule(request: FrontendReq) -> Option<Rule> {
         R::GET_MAX_MEM_SLOTS => asks(0, VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS),
         R::GET_STATUS => asks(0, VhostUserProtocolFeatures::STATUS),
         R::GET_VRING_BASE => asks(8, none),
+        R::GET_SHMEM_CONFIG => asks(0, VhostUserProtocolFeatures::SHMEM),
         R::SET_OWNER | R::RESET_OWNER => exact(0, (0, 0), none),
         R::RESET_DEVICE => exact(0, (0, 0), VhostUserProtocolFeatures::RESET_DEVICE),
         R::SET_FEATURES | R::SET_PROTOCOL_FEATURES => exact(8, (0, 0), none),
@@ -297,6 +311,8 @@ pub struct Session {
     acked: VhostUserProtocolFeatures,
     pending: Option<Pending>,
     has_channel: bool,
+    /// The request about shared memory that the front end hasn't answered.
+    asked: Option<BackendReq>,
     config_pending: bool,
     config_read: bool,
     detached: bool,
@@ -315,6 +331,7 @@ impl Session {
             acked: VhostUserProtocolFeatures::empty(),
             pending: None,
             has_channel: false,
+            asked: None,
             config_pending: false,
             config_read: false,
             detached: false,
@@ -489,9 +506,19 @@ impl Session {
         match code {
             R::GET_FEATURES => reply(member.offered_features() | TRANSPORT),
             R::SET_FEATURES => member.set_features(value(), TRANSPORT).map(wait),
-            R::GET_PROTOCOL_FEATURES => reply(protocol_features().bits()),
+            R::GET_PROTOCOL_FEATURES => reply(self.offered().bits()),
             R::SET_PROTOCOL_FEATURES => self.set_protocol_features(value()),
-            R::GET_QUEUE_NUM => reply(u64::from(member.device().queues())),
+            R::GET_QUEUE_NUM => {
+                let doorbells = member.device().doorbells().map_or(0, |doorbells| doorbells.count());
+                reply(u64::from(member.device().queues() + doorbells))
+            }
+            R::GET_SHMEM_CONFIG => {
+                // One region, of id 0.
+                let size = member.device().shared_memory().map_or(0, |memory| memory.size());
+                let mut payload = u64::from(size != 0).to_le_bytes().to_vec();
+                payload.extend_from_slice(&size.to_le_bytes());
+                Ok(Done::Reply(payload))
+            }
             R::GET_MAX_MEM_SLOTS => reply(MAX_REGIONS as u64),
             R::SET_OWNER => Ok(Done::Ok),
             // Deprecated: meant to disable all rings, but sent by old front ends when they go away. RESET_DEVICE does it.
@@ -604,8 +631,16 @@ impl Session {
         }
     }
 
+    /// Protocol features offered.
+    fn offered(&self) -> VhostUserProtocolFeatures {
+        match self.member.device().shared_memory() {
+            Some(_) => shared_memory_features(),
+            None => protocol_features(),
+        }
+    }
+
     fn set_protocol_features(&mut self, value: u64) -> Handled {
-        let offered = protocol_features();
+        let offered = self.offered();
         match VhostUserProtocolFeatures::from_bits(value) {
             Some(acked) if offered.contains(acked) => {
                 self.acked = acked;
@@ -806,6 +841,9 @@ impl Session {
 
     /// Whether the front end can take a CONFIG_CHANGE: QEMU ignores it, or crashes, on a device that isn't started.
     fn live(&self) -> bool {
+        if self.member.device().doorbells().is_some() {
+            return self.member.ready();
+        }
         self.member.live(self.negotiated(VhostUserProtocolFeatures::STATUS))
     }
 
@@ -829,13 +867,58 @@ impl Session {
         Some(message(BackendReq::CONFIG_CHANGE_MSG as u32, flags, &[]))
     }
 
-    /// Checks an answer on the back-end channel.
+    /// The message that has the front end map part of a file into the device's shared memory region, or unmap what was mapped
+    /// there; a map goes with the file's descriptor. None: not now. QEMU 11.1.3 dies of one that it gets before the device
+    /// starts, or after it has stopped, so the caller has to send it before it takes another message of the front end's; and
+    /// it never has more than one to do.
+    pub fn shared_memory(&mut self, map: bool, offset: u64, size: u64, fd_offset: u64) -> Option<Vec<u8>> {
+        let needs = VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::BACKEND_SEND_FD
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::SHMEM;
+        if !self.has_channel || self.detached || self.asked.is_some() || !self.negotiated(needs) || !self.live() {
+            return None;
+        }
+        let request = if map {
+            BackendReq::SHMEM_MAP
+        } else {
+            BackendReq::SHMEM_UNMAP
+        };
+        // Region 0; writable.
+        let payload: Vec<u8> = [0, fd_offset, offset, size, u64::from(map)]
+            .iter()
+            .flat_map(|number| number.to_le_bytes())
+            .collect();
+        self.asked = Some(request);
+        Some(message(request as u32, FLAG_NEED_REPLY, &payload))
+    }
+
+    /// Whether the front end can be asked to map shared memory at all.
+    pub fn has_shared_memory(&self) -> bool {
+        self.negotiated(
+            VhostUserProtocolFeatures::BACKEND_REQ
+                | VhostUserProtocolFeatures::BACKEND_SEND_FD
+                | VhostUserProtocolFeatures::REPLY_ACK
+                | VhostUserProtocolFeatures::SHMEM,
+        )
+    }
+
+    /// Checks an answer on the back-end channel. Some: it is the one to `shared_memory`, and says whether that was done.
     ///
     /// # Errors
     /// `backend-channel`.
-    pub fn backend_reply(&self, header: &[u8; HEADER_SIZE], payload: &[u8]) -> std::result::Result<(), Fault> {
+    pub fn backend_reply(
+        &mut self,
+        header: &[u8; HEADER_SIZE],
+        payload: &[u8],
+    ) -> std::result::Result<Option<bool>, Fault> {
         let (request, flags) = (u32_at(header, 0), u32_at(header, 4));
-        let right = request == BackendReq::CONFIG_CHANGE_MSG as u32 && flags & FLAG_REPLY != 0 && payload.len() == 8;
+        let is_reply = flags & FLAG_REPLY != 0 && payload.len() == 8;
+        if is_reply && self.asked.is_some_and(|asked| asked as u32 == request) {
+            self.asked = None;
+            return Ok(Some(decode::<VhostUserU64>(payload).value == 0));
+        }
+        let right = request == BackendReq::CONFIG_CHANGE_MSG as u32 && is_reply;
         if !right {
             return Err(Fault::new(
                 "backend-channel",
@@ -852,7 +935,7 @@ impl Session {
                 self.member.id()
             );
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Stops the rings, so that a successor can go on. Some: wait for this completion, then `resume`. After that `snapshot`,

@@ -124,6 +124,7 @@ enum Command {
     Rewire(u64, Arc<Mutex<Option<Call>>>),
     SetKick(u64, Arc<OwnedFd>, Completion),
     Resume(u64, u16),
+    Look(u64),
     SetMemory(u64, Arc<MemoryMap>, Completion),
     SetFeatures(u64, u64, Completion),
     SetLog(u64, Option<Arc<DirtyLog>>, Completion),
@@ -185,6 +186,11 @@ impl QueueHandle {
     /// Allows or forbids taking requests; those in flight go on.
     pub fn enable(&self, on: bool, done: Completion) {
         self.worker.send(Command::Enable(self.key, on, done));
+    }
+
+    /// Has the ring looked at: the device can do with another request.
+    pub fn look(&self) {
+        self.worker.send(Command::Look(self.key));
     }
 
     /// Replaces the way the driver is interrupted.
@@ -1082,6 +1088,11 @@ impl Worker {
             Command::Resume(key, slot) => {
                 if let Some(index) = self.index_of(key) {
                     self.complete(Runner::user_data(index, slot), 0);
+                }
+            }
+            Command::Look(key) => {
+                if let Some(index) = self.index_of(key) {
+                    self.wake_queue(index);
                 }
             }
             Command::SetMemory(key, map, _done) => {

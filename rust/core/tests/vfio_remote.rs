@@ -371,7 +371,7 @@ impl Table {
             log: None,
             call: Call {
                 fd: Some(Arc::clone(&self.call)),
-                isr: Some(Arc::clone(&self.isr)),
+                isr: Some((Arc::clone(&self.isr), 1)),
             },
             stats: Arc::clone(&self.stats),
         };

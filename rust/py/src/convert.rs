@@ -31,16 +31,30 @@ const BLK_FEATURES: [(u32, &str); 9] = [
     (13, "DISCARD"),
     (14, "WRITE_ZEROES"),
 ];
-const PROTOCOL_FEATURES: [(u32, &str); 9] = [
+const PROTOCOL_FEATURES: [(u32, &str); 23] = [
     (0, "MQ"),
     (1, "LOG_SHMFD"),
+    (2, "RARP"),
     (3, "REPLY_ACK"),
+    (4, "MTU"),
     (5, "BACKEND_REQ"),
+    (6, "CROSS_ENDIAN"),
+    (7, "CRYPTO_SESSION"),
+    (8, "PAGEFAULT"),
     (9, "CONFIG"),
+    (10, "BACKEND_SEND_FD"),
+    (11, "HOST_NOTIFIER"),
     (12, "INFLIGHT_SHMFD"),
     (13, "RESET_DEVICE"),
+    (14, "INBAND_NOTIFICATIONS"),
     (15, "CONFIGURE_MEM_SLOTS"),
     (16, "STATUS"),
+    (17, "XEN_MMAP"),
+    (18, "SHARED_OBJECT"),
+    (19, "DEVICE_STATE"),
+    (20, "GET_VRING_BASE_INFLIGHT"),
+    (21, "GPA_ADDRESSES"),
+    (22, "SHMEM"),
 ];
 const STATUS: [(u32, &str); 6] = [
     (0, "ACKNOWLEDGE"),
@@ -68,6 +82,16 @@ fn bits<'py>(py: Python<'py>, value: u64, tables: &[&[(u32, &str)]]) -> PyResult
     dict.set_item("value", value)?;
     dict.set_item("names", names)?;
     Ok(dict)
+}
+
+/// vhost-user protocol features, if they are known.
+pub fn protocol_features<'py>(py: Python<'py>, value: Option<u64>) -> PyResult<Option<Bound<'py, PyDict>>> {
+    value.map(|value| bits(py, value, &[&PROTOCOL_FEATURES])).transpose()
+}
+
+/// Feature bits of a device of any kind, if they are known.
+pub fn features<'py>(py: Python<'py>, value: Option<u64>) -> PyResult<Option<Bound<'py, PyDict>>> {
+    value.map(|value| bits(py, value, &[&RING_FEATURES])).transpose()
 }
 
 /// A fault, or None.
@@ -122,11 +146,18 @@ fn queue<'py>(
     Ok(dict)
 }
 
+const VIRTIO_ID_BLOCK: u32 = 2;
+
 /// A member's info; see docs/QMP.md.
 pub fn info<'py>(py: Python<'py>, member: &vhu_core::member::Member) -> PyResult<Bound<'py, PyDict>> {
     let info = member.info();
     let device = member.device();
-    let tables: [&[(u32, &str)]; 2] = [&RING_FEATURES, &BLK_FEATURES];
+    let own: &[(u32, &str)] = if device.device_id() == VIRTIO_ID_BLOCK {
+        &BLK_FEATURES
+    } else {
+        &[]
+    };
+    let tables: [&[(u32, &str)]; 2] = [&RING_FEATURES, own];
     let mode = if info.driver_features & feature::VERSION_1 != 0 {
         "modern"
     } else {

@@ -35,6 +35,13 @@ fn forwarder(py: Python<'_>, group: &DeviceGroup, member: &Member) -> PyResult<A
         .map_err(|error| to_py(py, &error))
 }
 
+impl Function {
+    /// One that was made, or why not.
+    pub(crate) fn of(py: Python<'_>, result: vhu_core::error::Result<Arc<function::Function>>) -> PyResult<Self> {
+        made(py, result)
+    }
+}
+
 #[pymethods]
 impl Function {
     #[staticmethod]

@@ -13,6 +13,7 @@ mod member;
 mod owner;
 mod pool;
 mod session;
+mod vvu;
 
 /// The export list.
 #[pymodule]
@@ -31,4 +32,6 @@ mod _native {
     use crate::pool::Pool;
     #[pymodule_export]
     use crate::session::{discard, Outcome, Session};
+    #[pymodule_export]
+    use crate::vvu::{MasterOutcome, SharedMemoryOperation, VhostUserDevice};
 }

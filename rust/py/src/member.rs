@@ -24,7 +24,8 @@ use crate::pool::Pool;
 #[pyclass(frozen, module = "vhu_legacy._native")]
 pub struct Member {
     pub(crate) inner: Arc<member::Member>,
-    blk: Arc<Blk>,
+    /// None: it is another kind of device.
+    blk: Option<Arc<Blk>>,
 }
 
 fn open(
@@ -71,6 +72,19 @@ fn check_poll(poll_us: u32) -> PyResult<Duration> {
     }
 }
 
+impl Member {
+    /// A member that is no block device.
+    pub(crate) fn of(inner: Arc<member::Member>) -> Self {
+        Self { inner, blk: None }
+    }
+
+    fn disk(&self) -> vhu_core::error::Result<&Blk> {
+        self.blk
+            .as_deref()
+            .ok_or_else(|| Error::Invalid(format!("member {} has no image", self.inner.id())))
+    }
+}
+
 #[pymethods]
 impl Member {
     #[staticmethod]
@@ -112,7 +126,7 @@ impl Member {
         };
         Ok(Self {
             inner: member::Member::new(Arc::clone(&pool.inner), id, device, options),
-            blk,
+            blk: Some(blk),
         })
     }
 
@@ -164,7 +178,7 @@ impl Member {
                 group.function_reset();
             }
         });
-        Ok(Self { inner, blk })
+        Ok(Self { inner, blk: Some(blk) })
     }
 
     #[getter]
@@ -174,13 +188,16 @@ impl Member {
 
     /// A duplicate of the image's fd, for a successor; None for an image that has none.
     fn image_fd(&self) -> PyResult<Option<RawFd>> {
-        let image = self.blk.image();
+        let Some(blk) = &self.blk else { return Ok(None) };
+        let image = blk.image();
         let fd = image.file().map(|fd| fd.try_clone_to_owned()).transpose()?;
         Ok(fd.map(IntoRawFd::into_raw_fd))
     }
 
     fn set_writeback(&self, on: bool) {
-        self.blk.set_writeback(on);
+        if let Some(blk) = &self.blk {
+            blk.set_writeback(on);
+        }
     }
 
     #[getter]
@@ -190,22 +207,23 @@ impl Member {
 
     fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let dict = convert::info(py, &self.inner)?;
-        let image = self.blk.image();
-        let options = self.blk.options();
+        let Some(blk) = &self.blk else { return Ok(dict) };
+        let image = blk.image();
+        let options = blk.options();
         let config = PyDict::new(py);
         config.set_item("capacity", image.size() / SECTOR)?;
         config.set_item("blk_size", options.blk_size)?;
         config.set_item("num_queues", options.queues)?;
         config.set_item("seg_max", options.queue_size - 2)?;
-        config.set_item("writeback", self.blk.writeback())?;
-        config.set_item("read_only", self.blk.read_only())?;
-        config.set_item("serial", self.blk.serial().as_str())?;
+        config.set_item("writeback", blk.writeback())?;
+        config.set_item("read_only", blk.read_only())?;
+        config.set_item("serial", blk.serial().as_str())?;
         dict.set_item("config", config)?;
         let entry = PyDict::new(py);
         entry.set_item("spec", &image.spec)?;
         entry.set_item("kind", image.kind())?;
         entry.set_item("size", image.size())?;
-        entry.set_item("read_only", self.blk.read_only())?;
+        entry.set_item("read_only", blk.read_only())?;
         dict.set_item("image", entry)?;
         Ok(dict)
     }
@@ -228,12 +246,12 @@ impl Member {
                 self.inner.set_legacy(legacy)?;
             }
             if let Some(serial) = serial {
-                self.blk.set_serial(serial)?;
+                self.disk()?.set_serial(serial)?;
             }
             if image.is_none() && size.is_none() && read_only.is_none() {
                 return Ok(false);
             }
-            self.blk.modify(image, size, read_only)
+            self.disk()?.modify(image, size, read_only)
         })
         .map_err(|e| to_py(py, &e))
     }

@@ -52,6 +52,7 @@ impl Pool {
                         ("broken", member, data)
                     }
                     Event::Config { member } => ("config", member, data),
+                    Event::Relay { member } => ("relay", member, data),
                     Event::FunctionConnected {
                         member,
                         function,

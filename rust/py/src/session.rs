@@ -85,7 +85,7 @@ impl Session {
     }
 }
 
-fn header_of(py: Python<'_>, header: &[u8]) -> PyResult<[u8; session::HEADER_SIZE]> {
+pub(crate) fn header_of(py: Python<'_>, header: &[u8]) -> PyResult<[u8; session::HEADER_SIZE]> {
     header.try_into().map_err(|_| {
         let reason = format!("a header of {} bytes; it has {}", header.len(), session::HEADER_SIZE);
         fault_to_py(py, Fault::new("message.header", reason))
@@ -131,7 +131,25 @@ impl Session {
         self.lock().config_change().map(|bytes| PyBytes::new(py, &bytes))
     }
 
-    fn backend_reply(&self, py: Python<'_>, header: &[u8], payload: &[u8]) -> PyResult<()> {
+    /// The message that has the front end map or unmap shared memory; None: not now.
+    fn shared_memory<'py>(
+        &self,
+        py: Python<'py>,
+        map: bool,
+        offset: u64,
+        size: u64,
+        fd_offset: u64,
+    ) -> Option<Bound<'py, PyBytes>> {
+        let message = self.lock().shared_memory(map, offset, size, fd_offset);
+        message.map(|bytes| PyBytes::new(py, &bytes))
+    }
+
+    #[getter]
+    fn has_shared_memory(&self) -> bool {
+        self.lock().has_shared_memory()
+    }
+
+    fn backend_reply(&self, py: Python<'_>, header: &[u8], payload: &[u8]) -> PyResult<Option<bool>> {
         let header = header_of(py, header)?;
         self.lock()
             .backend_reply(&header, payload)

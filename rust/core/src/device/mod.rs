@@ -5,7 +5,7 @@ pub mod blk;
 pub mod image;
 
 use std::any::Any;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::error::Fault;
 use crate::event::Waker;
 use crate::memory::LastByte;
 use crate::ring::Chain;
-use crate::runner::WakerFactory;
+use crate::runner::{Call, WakerFactory};
 
 /// Request counters a device keeps per queue; what each means is the device's ([`Device::counter_names`]).
 pub const COUNTERS: usize = 12;
@@ -38,6 +38,8 @@ impl Counters {
 
 /// What a device may know about the queue a request came from.
 pub struct QueueContext<'a> {
+    /// Index of the queue.
+    pub queue: u16,
     /// Features the driver accepted (0 for a driver that never writes them).
     pub driver_features: u64,
     /// The queue's counters.
@@ -198,6 +200,37 @@ pub struct ConfigField {
     pub size: usize,
 }
 
+/// Notifications that are no rings': virtqueue indices right behind those of the device's queues that a driver notifies like a
+/// queue, or that interrupt it like one (virtio-vhost-user: doorbells and kick notifications).
+///
+/// Called with the registers' lock held: nothing here may call back into the member.
+pub trait Doorbells: Send + Sync {
+    /// How many indices.
+    fn count(&self) -> u16;
+    /// Whether an index interrupts, and so takes a vector.
+    fn interrupts(&self, index: u16) -> bool;
+    /// The driver has set an index up. Its notifications come from `kick` (None: by `ring`), interrupts go to `call`.
+    fn connect(&self, index: u16, kick: Option<Arc<OwnedFd>>, call: Call);
+    /// Interrupts go elsewhere.
+    fn set_call(&self, index: u16, call: Call);
+    /// The index is not used any more; what is under way may still come through.
+    fn disconnect(&self, index: u16);
+    /// The driver has notified the index: eventfds to signal are added to `signals`.
+    fn ring(&self, index: u16, signals: &mut Vec<Arc<OwnedFd>>);
+}
+
+/// Memory of somebody else's that a device shows its driver (virtio 1.4, 2.10), as one region.
+pub trait SharedMemory: Send + Sync {
+    /// Bytes of the region, a power of two.
+    fn size(&self) -> u64;
+    /// The file that the first so many bytes of the region are, whatever happens; the rest can only be read and written.
+    fn file(&self) -> Option<(Arc<OwnedFd>, u64)>;
+    /// Reads; what is not there is 0. The range has been checked against the size.
+    fn read(&self, offset: u64, data: &mut [u8]);
+    /// Writes; what is not there is left alone. The range has been checked against the size.
+    fn write(&self, offset: u64, data: &[u8]);
+}
+
 /// A device model.
 ///
 /// `start` and `resume` run on a worker and must not block. They are never called twice at a time for one request, but
@@ -224,6 +257,31 @@ pub trait Device: Send + Sync {
     fn serial(&self) -> bool {
         false
     }
+    /// Whether `may_take` has to be asked.
+    fn gated(&self) -> bool {
+        false
+    }
+    /// Whether there is something to do with another request of the queue. Until then it stays in the ring: whoever changes
+    /// this calls `Member::look` afterwards.
+    fn may_take(&self, _queue: u16) -> bool {
+        true
+    }
+    /// Indices behind the queues.
+    fn doorbells(&self) -> Option<&dyn Doorbells> {
+        None
+    }
+    /// Shared memory that the driver can see.
+    fn shared_memory(&self) -> Option<&dyn SharedMemory> {
+        None
+    }
+    /// The device was reset, or nobody is attached to it any more. Called with the registers' lock held, perhaps more than
+    /// once.
+    fn reset(&self) {}
+    /// A queue's ring starts, over vhost-user. `continues`: where it was stopped, so that the driver may be the same one (resets
+    /// and pauses look alike). Called with the registers' lock held.
+    fn ring_starts(&self, _queue: u16, _continues: bool) {}
+    /// The front end has changed which rings may run. `ready`: all of them do. Called with the registers' lock held.
+    fn rings_changed(&self, _ready: bool) {}
     /// Fields of the device configuration, by offset and without holes.
     fn config_fields(&self) -> &'static [ConfigField];
     /// Bytes of the device configuration that the offered features give a meaning.

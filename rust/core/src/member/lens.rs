@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
-use super::{feature, status, Front, Member, Progress, Queue, Registers, Run, NO_VECTOR};
+use super::{feature, status, Front, Member, Progress, Queue, Registers, Run, KICK_ISR, NO_VECTOR, QUEUE_ISR};
 use crate::error::{Error, Result};
 use crate::event::{Completion, Event, Waker};
 use crate::ring::split::{area_sizes, RingAddresses};
@@ -126,14 +126,17 @@ impl Registers {
         self.driver_features & feature::VERSION_1 != 0
     }
 
-    /// Whether the registers let a ring of a PCI function run.
-    pub(super) fn may_start(&self, index: u64) -> bool {
+    /// Whether the registers let a ring of a PCI function run. Indices from `doorbells` on have no ring.
+    pub(super) fn may_start(&self, index: u64, doorbells: u64) -> bool {
         if self.stopped || self.draining || self.resetting.is_some() {
             return false;
         }
         let queue = usize::try_from(index).ok().and_then(|index| self.queues.get(index));
         queue.is_some_and(|queue| {
             let driver_ok = self.status & status::DRIVER_OK != 0;
+            if index >= doorbells {
+                return driver_ok;
+            }
             // A modern driver's rings are left alone before DRIVER_OK, whatever it does.
             let early = queue.by_pfn && queue.notified && !self.modern();
             queue.active && !queue.resetting && (driver_ok || early)
@@ -237,9 +240,10 @@ impl Member {
         self.vectors
     }
 
-    /// Queues of the device and administration virtqueues.
+    /// Queues of the device, administration virtqueues, and indices that are notified like queues.
     pub fn queue_count(&self) -> u16 {
-        self.device.queues() + self.admin.as_ref().map_or(0, |admin| admin.count)
+        let admin = self.admin.as_ref().map_or(0, |admin| admin.count);
+        self.device.queues() + self.device.doorbells().map_or(admin, |doorbells| doorbells.count())
     }
 
     /// Whether packed rings are offered.
@@ -285,11 +289,20 @@ impl Member {
         !registers.lines.msix_enabled && registers.lines.isr.load(Ordering::Relaxed) != 0
     }
 
+    /// What an interrupt of a queue, or of a doorbell's index, sets in the ISR status.
+    fn isr_bits(&self, index: usize) -> u8 {
+        if self.is_doorbell(index as u64) {
+            KICK_ISR
+        } else {
+            QUEUE_ISR
+        }
+    }
+
     /// Tells running rings where their interrupts go now.
     fn rewire(&self, registers: &Registers, which: impl Fn(&Queue) -> bool) {
-        for queue in registers.queues.iter().filter(|queue| which(queue)) {
+        for (index, queue) in registers.queues.iter().enumerate().filter(|(_, queue)| which(queue)) {
             if let Some(handle) = queue.running() {
-                handle.rewire(registers.lines.call(queue.vector));
+                handle.rewire(registers.lines.call(queue.vector, self.isr_bits(index)));
             }
         }
     }
@@ -424,9 +437,17 @@ impl Member {
         if registers.front == Some(Front::VhostUser) {
             return;
         }
-        let Some(queue) = registers.queues.get_mut(usize::from(index)) else {
+        let Registers { queues, lines, .. } = &mut *registers;
+        let Some(queue) = queues.get_mut(usize::from(index)) else {
             return;
         };
+        if let Some(doorbells) = self.device.doorbells().filter(|_| self.is_doorbell(index.into())) {
+            if queue.running().is_some() {
+                // The client's connection, on which this came, sends them when it is done with the message.
+                doorbells.ring(index - self.device.queues(), &mut lines.signals);
+            }
+            return;
+        }
         if let (Run::Running(_), Some(bell)) = (&queue.run, &queue.bell) {
             sys::eventfd_signal(bell);
             return;
@@ -470,6 +491,7 @@ impl Member {
         self.set_status_register(registers, 0);
         registers.driver_features = 0;
         registers.features_written = false;
+        self.device.reset();
         self.clear_function(registers);
         if last.is_none() {
             self.owner.mend();
@@ -602,14 +624,19 @@ impl Member {
     }
 
     fn set_queue_vector(&self, registers: &mut Registers, vector: u16) {
-        let vector = self.mapped(vector);
+        let doorbells = self
+            .device
+            .doorbells()
+            .filter(|_| self.is_doorbell(registers.queue_select.into()));
+        let silent = doorbells.is_some_and(|it| !it.interrupts(registers.queue_select - self.device.queues()));
+        let vector = if silent { NO_VECTOR } else { self.mapped(vector) };
         if let Some(queue) = registers.selected() {
             if queue.vector == vector {
                 return;
             }
             queue.vector = vector;
             let select = registers.queue_select;
-            let call = registers.lines.call(vector);
+            let call = registers.lines.call(vector, self.isr_bits(usize::from(select)));
             if let Some(handle) = registers.queues[usize::from(select)].running() {
                 handle.rewire(call);
             }
@@ -873,7 +900,14 @@ impl Member {
         );
         put(22, &registers.queue_select.to_le_bytes());
         let select = registers.queue_select;
+        let doorbell = self.is_doorbell(select.into());
         match registers.selected() {
+            // No ring: it is there to be notified, and for its vector (virtio-vhost-user v5).
+            Some(queue) if doorbell => {
+                put(26, &queue.vector.to_le_bytes());
+                put(30, &select.to_le_bytes());
+                put(56, &select.to_le_bytes());
+            }
             Some(queue) => {
                 let addresses = queue.addresses.unwrap_or_default();
                 put(24, &queue.size.to_le_bytes());
@@ -964,6 +998,8 @@ impl Member {
                 self.write_status(registers, value);
             }
             22 => registers.queue_select = word,
+            // An index without a ring has nothing but its vector.
+            24 | 28 | 32 | 40 | 48 | 58 if self.is_doorbell(registers.queue_select.into()) => {}
             24 => {
                 let packed = registers.driver_features & feature::RING_PACKED != 0;
                 if let Some(queue) = registers.selected() {

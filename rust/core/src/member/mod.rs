@@ -38,6 +38,11 @@ pub use crate::ring::feature;
 /// Guest memory from which letting go of it takes a while.
 const LARGE_MEMORY: u64 = 1 << 30;
 
+/// ISR status: a queue has used buffers.
+const QUEUE_ISR: u8 = 1;
+/// ISR status: a kick notification (virtio-vhost-user v5).
+const KICK_ISR: u8 = 4;
+
 /// No MSI-X vector.
 pub const NO_VECTOR: u16 = 0xffff;
 
@@ -96,6 +101,52 @@ enum Handle {
     Worker(QueueHandle),
     /// In memory that came without an fd: it has a thread of its own.
     Thread(RemoteRunner),
+    /// No ring: an index whose notifications the device takes itself.
+    Doorbell(DoorbellHandle),
+}
+
+/// An index of [`Doorbells`](crate::device::Doorbells) that the driver has set up.
+struct DoorbellHandle {
+    device: Arc<dyn Device>,
+    pool: Arc<Pool>,
+    /// Among the doorbells.
+    index: u16,
+    kick: Mutex<Option<Arc<OwnedFd>>>,
+    call: Mutex<Call>,
+}
+
+impl DoorbellHandle {
+    fn connect(&self, on: bool) {
+        let kick = self.kick.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let call = self.call.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(doorbells) = self.device.doorbells() {
+            if on {
+                doorbells.connect(self.index, kick, call);
+            } else {
+                doorbells.disconnect(self.index);
+            }
+        }
+    }
+
+    fn set_call(&self, call: Call) {
+        self.call
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone_from(&call);
+        if let Some(doorbells) = self.device.doorbells() {
+            doorbells.set_call(self.index, call);
+        }
+    }
+
+    fn set_kick(&self, kick: Arc<OwnedFd>) {
+        *self.kick.lock().unwrap_or_else(PoisonError::into_inner) = Some(kick);
+        self.connect(true);
+    }
+
+    /// Whoever waits is told from a worker: our caller may hold a lock that they want.
+    fn later(&self, done: Completion) {
+        self.pool.after(Duration::ZERO, Box::new(move || drop(done)));
+    }
 }
 
 impl Handle {
@@ -103,6 +154,10 @@ impl Handle {
         match self {
             Self::Worker(queue) => queue.stop(done),
             Self::Thread(queue) => queue.stop(done),
+            Self::Doorbell(doorbell) => {
+                doorbell.connect(false);
+                doorbell.later(done);
+            }
         }
     }
 
@@ -110,6 +165,19 @@ impl Handle {
         match self {
             Self::Worker(queue) => queue.enable(on, done),
             Self::Thread(queue) => queue.enable(on, done),
+            Self::Doorbell(doorbell) => {
+                doorbell.connect(on);
+                doorbell.later(done);
+            }
+        }
+    }
+
+    /// Has the ring looked at.
+    fn look(&self) {
+        match self {
+            Self::Worker(queue) => queue.look(),
+            Self::Thread(queue) => queue.look(),
+            Self::Doorbell(_) => {}
         }
     }
 
@@ -117,6 +185,10 @@ impl Handle {
         match self {
             Self::Worker(queue) => queue.set_call(call, done),
             Self::Thread(queue) => queue.set_call(call, done),
+            Self::Doorbell(doorbell) => {
+                doorbell.set_call(call);
+                doorbell.later(done);
+            }
         }
     }
 
@@ -125,6 +197,7 @@ impl Handle {
         match self {
             Self::Worker(queue) => queue.rewire(call),
             Self::Thread(queue) => queue.set_call(call, Completion::call(|| {})),
+            Self::Doorbell(doorbell) => doorbell.set_call(call),
         }
     }
 
@@ -132,6 +205,10 @@ impl Handle {
         match self {
             Self::Worker(queue) => queue.set_kick(kick, done),
             Self::Thread(queue) => queue.set_kick(kick, done),
+            Self::Doorbell(doorbell) => {
+                doorbell.set_kick(kick);
+                doorbell.later(done);
+            }
         }
     }
 
@@ -139,6 +216,7 @@ impl Handle {
         match self {
             Self::Worker(queue) => queue.set_features(features, done),
             Self::Thread(queue) => queue.set_features(features, done),
+            Self::Doorbell(doorbell) => doorbell.later(done),
         }
     }
 
@@ -146,6 +224,7 @@ impl Handle {
         match self {
             Self::Worker(queue) => queue.set_memory(map, done),
             Self::Thread(queue) => queue.set_memory(map, done),
+            Self::Doorbell(doorbell) => doorbell.later(done),
         }
     }
 
@@ -154,13 +233,14 @@ impl Handle {
             Self::Worker(queue) => queue.set_log(log, done),
             // Only PCI functions have these, and nobody asks them for a log.
             Self::Thread(_) => drop(done),
+            Self::Doorbell(doorbell) => doorbell.later(done),
         }
     }
 
     fn worker(&self) -> Option<u32> {
         match self {
             Self::Worker(queue) => Some(queue.worker_index),
-            Self::Thread(_) => None,
+            Self::Thread(_) | Self::Doorbell(_) => None,
         }
     }
 }
@@ -196,6 +276,8 @@ struct Queue {
     told: Option<u32>,
     /// Requests that were in flight before are none of this ring's.
     begins_anew: bool,
+    /// vhost-user: the front end wants it to go on where it was told that it has stopped.
+    continues: bool,
     /// PCI: queue_enable, or a PFN other than 0.
     active: bool,
     /// PCI: MSI-X vector.
@@ -294,6 +376,7 @@ impl Queue {
             stats: Arc::default(),
             told: None,
             begins_anew: false,
+            continues: false,
             active: false,
             vector: NO_VECTOR,
             bell: None,
@@ -325,8 +408,8 @@ impl Lines {
         self.vectors.get(usize::from(vector)).cloned().flatten()
     }
 
-    /// How a queue with this vector interrupts.
-    fn call(&self, vector: u16) -> Call {
+    /// How a queue with this vector interrupts; `bits` are those of the ISR status that say so.
+    fn call(&self, vector: u16, bits: u8) -> Call {
         if self.msix_enabled {
             Call {
                 fd: self.vector(vector),
@@ -335,7 +418,7 @@ impl Lines {
         } else {
             Call {
                 fd: self.intx.clone(),
-                isr: Some(Arc::clone(&self.isr)),
+                isr: Some((Arc::clone(&self.isr), bits)),
             }
         }
     }
@@ -569,7 +652,10 @@ impl Member {
     /// A member with a device.
     pub fn new(pool: Arc<Pool>, id: u32, device: Arc<dyn Device>, options: MemberOptions) -> Arc<Self> {
         let mut queues: Vec<Queue> = (0..device.queues()).map(|_| Queue::new(device.queue_size())).collect();
-        if let Some(admin) = &options.admin {
+        if let Some(doorbells) = device.doorbells() {
+            // There is no such device with an administration virtqueue: the indices would have to be shared out.
+            queues.extend((0..doorbells.count()).map(|_| Queue::new(device.queue_size())));
+        } else if let Some(admin) = &options.admin {
             queues.extend((0..admin.count).map(|_| Queue::new(admin.device.queue_size())));
         }
         let owner = Arc::new(Owner::new(id, Arc::clone(pool.events())));
@@ -632,6 +718,11 @@ impl Member {
     /// Has a function called at each reset.
     pub fn set_on_reset(&self, on_reset: impl Fn() + Send + Sync + 'static) {
         let _ = self.on_reset.set(Box::new(on_reset));
+    }
+
+    /// What is attached, if anything.
+    pub fn front(&self) -> Option<Front> {
+        self.lock().front
     }
 
     /// Number in the group.
@@ -742,6 +833,7 @@ impl Member {
     }
 
     fn forget(&self, registers: &mut Registers) {
+        self.device.reset();
         self.set_status_register(registers, 0);
         registers.attached = false;
         registers.draining = false;
@@ -943,6 +1035,7 @@ impl Member {
     }
 
     fn clear(&self, registers: &mut Registers) {
+        self.device.reset();
         self.set_status_register(registers, 0);
         // The front end goes on speaking vhost-user with protocol features.
         registers.driver_features &= feature::PROTOCOL_FEATURES;
@@ -1057,7 +1150,7 @@ impl Member {
                 Err(running(index))
             };
         }
-        if !map.is_empty() {
+        if !map.is_empty() && !self.is_doorbell(index) {
             resolve(&map, AddressSpace::User, addresses, queue.size, features)
                 .map_err(|fault| fault.on_queue(index as u16))?;
         }
@@ -1083,7 +1176,9 @@ impl Member {
         if queue.running().is_some() {
             return Err(running(index));
         }
-        queue.begins_anew |= queue.told.take().is_some_and(|told| told != base);
+        let told = queue.told.take();
+        queue.begins_anew |= told.is_some_and(|told| told != base);
+        queue.continues = told == Some(base);
         queue.position = Some(base);
         Ok(())
     }
@@ -1191,6 +1286,41 @@ impl Member {
         })
     }
 
+    /// Has a queue's ring looked at: the device can do with another request ([`Device::may_take`]).
+    pub fn look(&self, index: u16) {
+        let registers = self.lock();
+        if let Some(handle) = registers.queues.get(usize::from(index)).and_then(Queue::running) {
+            handle.look();
+        }
+    }
+
+    /// Whether an index is one of [`Device::doorbells`].
+    fn is_doorbell(&self, index: u64) -> bool {
+        index >= u64::from(self.device.queues()) && self.device.doorbells().is_some()
+    }
+
+    /// Whether all of the device works: rings of all queues run and (over vhost-user) every index may.
+    pub fn ready(&self) -> bool {
+        Self::all_run(&self.lock(), &*self.device)
+    }
+
+    fn all_run(registers: &Registers, device: &dyn Device) -> bool {
+        let devices = usize::from(device.queues());
+        let rings = registers
+            .queues
+            .iter()
+            .take(devices)
+            .all(|queue| queue.running().is_some());
+        let features = registers.driver_features;
+        rings
+            && !registers.draining
+            && match registers.front {
+                Some(Front::VhostUser) => registers.queues.iter().all(|queue| queue.may_run(features)),
+                Some(_) => registers.status & status::DRIVER_OK != 0 && registers.resetting.is_none(),
+                None => false,
+            }
+    }
+
     /// A queue's counters; those of no queue at all for an index out of range.
     pub fn queue_stats(&self, index: u16) -> Arc<QueueStats> {
         self.lock()
@@ -1225,9 +1355,12 @@ impl Member {
             let done = self.pool.events().completion();
             let token = done.token();
             handle.enable(on, done);
+            self.device.rings_changed(Self::all_run(&registers, &*self.device));
             return Ok(Some(token));
         }
-        self.try_start(&mut registers, index).map(|()| None)
+        self.try_start(&mut registers, index)?;
+        self.device.rings_changed(Self::all_run(&registers, &*self.device));
+        Ok(None)
     }
 
     /// Starts a ring that has everything it needs. Over vhost-user that is addresses and a kick fd, and whether it takes
@@ -1237,7 +1370,11 @@ impl Member {
         let driver_features = registers.driver_features;
         let packed = driver_features & feature::RING_PACKED != 0;
         let vhost_user = registers.front == Some(Front::VhostUser);
-        if !vhost_user && !registers.may_start(index) {
+        let doorbells = self
+            .device
+            .doorbells()
+            .map_or(u64::MAX, |_| u64::from(self.device.queues()));
+        if !vhost_user && !registers.may_start(index, doorbells) {
             return Ok(());
         }
         let log = registers.active_log();
@@ -1252,6 +1389,26 @@ impl Member {
             .and_then(|index| registers.queues.get_mut(index))
             .ok_or_else(|| Fault::new("vring.index", format!("queue {index} of {count}")))?;
         if !matches!(queue.run, Run::Stopped) || map.is_empty() {
+            return Ok(());
+        }
+        let doorbell = self.is_doorbell(index);
+        if doorbell {
+            let (kick, call) = match queue.kick.take() {
+                Some(kick) => (Some(Arc::new(kick)), Call::eventfd(queue.call.take())),
+                None if vhost_user => return Ok(()),
+                None => (None, lines.call(queue.vector, KICK_ISR)),
+            };
+            queue.wires = (kick.clone(), call.fd.clone().filter(|_| vhost_user));
+            let handle = DoorbellHandle {
+                device: Arc::clone(&self.device),
+                pool: Arc::clone(&self.pool),
+                index: (index - u64::from(self.device.queues())) as u16,
+                kick: Mutex::new(kick),
+                call: Mutex::new(call),
+            };
+            handle.connect(!vhost_user || queue.may_run(driver_features));
+            queue.starts += 1;
+            queue.run = Run::Running(Handle::Doorbell(handle));
             return Ok(());
         }
         let Some(addresses) = queue.addresses else {
@@ -1289,7 +1446,7 @@ impl Member {
                 .map_err(|e| on_queue(Fault::new("vring.kick", format!("no eventfd for notifications: {e}"))))?;
             let bell = Arc::new(bell);
             queue.bell = Some(Arc::clone(&bell));
-            (bell, lines.call(queue.vector))
+            (bell, lines.call(queue.vector, QUEUE_ISR))
         };
         let device = match &self.admin {
             Some(admin) if index >= u64::from(self.device.queues()) => &admin.device,
@@ -1349,6 +1506,10 @@ impl Member {
         queue.from_used = false;
         queue.starts += 1;
         queue.run = Run::Running(handle);
+        let continues = std::mem::take(&mut queue.continues);
+        if vhost_user {
+            self.device.ring_starts(index as u16, continues);
+        }
         Ok(())
     }
 

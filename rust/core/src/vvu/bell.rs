@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Notifications from one virtual machine to another: an eventfd, or an access to a register, on one side, and an eventfd on
+//! the other. A worker forwards; nothing is counted or kept but that there was one, as with eventfds themselves.
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use crate::event::Completion;
+use crate::runner::Call;
+use crate::sys;
+use crate::worker::{Flow, Interest, Pool, Source, SourceHandle, SourceIo};
+
+/// A way for notifications, in one direction.
+#[derive(Default)]
+pub struct Bell {
+    to: Mutex<Option<Call>>,
+    from: Mutex<Option<SourceHandle>>,
+    rung: AtomicU64,
+    ignored: AtomicU64,
+}
+
+impl Bell {
+    /// Where notifications go from now on; None: nowhere, they are ignored.
+    pub fn set_to(&self, to: Option<Call>) {
+        *self.to.lock().unwrap_or_else(PoisonError::into_inner) = to;
+    }
+
+    /// Whether notifications go anywhere.
+    pub fn is_connected(&self) -> bool {
+        self.to.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Takes notifications from an eventfd from now on, or no more.
+    pub fn set_from(self: &Arc<Self>, pool: &Pool, fd: Option<Arc<OwnedFd>>) {
+        let source = fd.map(|fd| {
+            let bell = Arc::clone(self);
+            pool.add_source(|_| Box::new(Ringer { fd, bell }))
+        });
+        let before = std::mem::replace(&mut *self.from.lock().unwrap_or_else(PoisonError::into_inner), source);
+        if let Some(before) = before {
+            before.remove(Completion::call(|| {}));
+        }
+    }
+
+    /// A notification: the eventfd to signal, if it is to be seen on the other side.
+    pub fn ring(&self) -> Option<Arc<OwnedFd>> {
+        self.rung.fetch_add(1, Ordering::Relaxed);
+        let to = self.to.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Call { fd, isr }) = &*to else {
+            self.ignored.fetch_add(1, Ordering::Relaxed);
+            return None;
+        };
+        if let Some((isr, bits)) = isr {
+            // Before the signal: the interrupt's handler looks there.
+            isr.fetch_or(*bits, Ordering::Release);
+        }
+        if fd.is_none() && isr.is_none() {
+            self.ignored.fetch_add(1, Ordering::Relaxed);
+        }
+        fd.clone()
+    }
+
+    /// Notifications, and how many of them nobody was there for.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.rung.load(Ordering::Relaxed), self.ignored.load(Ordering::Relaxed))
+    }
+}
+
+/// An eventfd that rings a bell.
+struct Ringer {
+    fd: Arc<OwnedFd>,
+    bell: Arc<Bell>,
+}
+
+impl Source for Ringer {
+    fn fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    fn interest(&self) -> Interest {
+        Interest {
+            read: true,
+            write: false,
+        }
+    }
+
+    fn ready(&mut self, io: &mut SourceIo<'_>) -> Flow {
+        if sys::eventfd_drain(self.fd.as_raw_fd()) {
+            if let Some(fd) = self.bell.ring() {
+                io.signal(&fd);
+            }
+        }
+        Flow::Wait
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        None
+    }
+
+    fn end(&mut self) {}
+}
