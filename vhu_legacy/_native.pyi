@@ -288,9 +288,10 @@ class Session:
     def config_change(self) -> bytes | None:
         """The CONFIG_CHANGE message for the back-end channel, or None when the front end can't take it now."""
     def shared_memory(self, map: bool, offset: int, size: int, fd_offset: int) -> bytes | None:
-        """The message that has the front end map `size` bytes of a file, from `fd_offset` on, at `offset` of the device's
-        shared memory region (or unmap them), for the back-end channel; None: not now. The file's fd goes with a map. It must
-        be sent before another message of the front end is handled, and answered before the next one is asked for."""
+        """The message that has the front end map `size` bytes of a file, from `fd_offset` on, at `offset` of the
+        device's shared memory region (or unmap them), for the back-end channel; None: not now. The file's fd goes with
+        a map. It must be sent before another message of the front end is handled, and answered before the next one is
+        asked for."""
     @property
     def has_shared_memory(self) -> bool:
         """Whether the front end has accepted what `shared_memory` needs."""
@@ -344,8 +345,8 @@ class MasterOutcome:
 
     @property
     def operations(self) -> list[SharedMemoryOperation]:
-        """To be carried out by the device's front end one by one, `VhostUserDevice.carried_out` after each, then `commit`. If
-        there are none the message is on its way to the driver."""
+        """To be carried out by the device's front end one by one, `VhostUserDevice.carried_out` after each, then
+        `commit`. If there are none the message is on its way to the driver."""
     def take_channel(self) -> int | None:
         """The socket for requests of the slave, from then on the caller's."""
 
@@ -371,8 +372,9 @@ class VhostUserDevice:
         vectors: int,
         ram_file: tuple[int, int] | None = None,
     ) -> VhostUserDevice:
-        """`uuid`: 16 bytes, all 0 for none. `shared_memory`: bytes of the region, a power of two. `ram_file`: (fd, bytes) of
-        the file that the region's first bytes show for good when the device is a PCI function; the fd is the device's.
+        """`uuid`: 16 bytes, all 0 for none. `shared_memory`: bytes of the region, a power of two. `ram_file`: (fd,
+        bytes) of the file that the region's first bytes show for good when the device is a PCI function; the fd is the
+        device's.
 
         Raises NativeError.
         """

@@ -131,6 +131,34 @@ class OwnerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class VhostUserDeviceConfig:
+    """A virtio-vhost-user device: a backend VM's driver behind it is the slave of a vhost-user master."""
+
+    name: str
+    """Begins the names of its sockets (`rundir.device_socket_name`)."""
+    max_queues: int = 8
+    """max_vhost_queues: queues that the device in the front end's VM can have, 1 to 126."""
+    uuid: bytes = bytes(16)
+    """16 bytes, all 0 for none."""
+    shared_memory: int = 4 << 30
+    """Bytes of its shared memory region, a power of two: all of the front end VM's memory, and a log, must fit."""
+    vfio_user: bool = False
+    """Serve it as a PCI function, too."""
+    vectors: int | None = None
+    """MSI-X vectors of its PCI function, 0 for none; None for one a queue and three more."""
+    ram_file: Path | None = None
+    """The PCI function's shared memory begins with this file, mapped: the front end VM's memory. None: every access to
+    shared memory is trapped."""
+    ram_size: int = 0
+    """Bytes of that file."""
+
+    @property
+    def vector_count(self) -> int:
+        """MSI-X vectors, the default worked out."""
+        return self.max_queues + 3 if self.vectors is None else self.vectors
+
+
+@dataclass(frozen=True, slots=True)
 class CompatConfig:
     """Where Linux differs from the specification, or the specification from itself: one switch each (design D9)."""
 
@@ -169,6 +197,7 @@ class GroupConfig:
     """Members say where queue notifications can be written (LEGACY_NOTIFY_INFO)."""
     compat: CompatConfig | None = None
     """None for what `strict` says; see `switches`."""
+    vhost_user_devices: tuple[VhostUserDeviceConfig, ...] = ()
 
     @property
     def admin_queues(self) -> int:

@@ -29,6 +29,7 @@ __all__ = [
     "RunningGroup",
     "bind_unix",
     "default_run_dir",
+    "device_socket_name",
     "function_socket_name",
     "is_stale_socket",
     "pid_of_lock",
@@ -47,6 +48,7 @@ SUN_PATH: Final = 108
 """`sizeof(sockaddr_un.sun_path)`, with the closing NUL."""
 _OWN_SOCKETS = re.compile(
     r"qmp\.sock|owner\.vfio-user\.sock|member-\d+\.(vhost-user|(legacy|transitional|modern)\.vfio-user)\.sock"
+    r"|device-[A-Za-z0-9._-]{1,64}\.(vhost-user|vfio-user|front)\.sock"
 )
 
 
@@ -76,6 +78,14 @@ def function_socket_name(member_id: int, kind: str) -> str:
     `kind`: "owner", or a member's "legacy", "transitional" or "modern".
     """
     return f"{kind}.vfio-user.sock" if member_id == 0 else f"member-{member_id}.{kind}.vfio-user.sock"
+
+
+def device_socket_name(name: str, kind: str) -> str:
+    """The name of a virtio-vhost-user device's socket within the run directory.
+
+    `kind`: "vhost-user" and "vfio-user" for the backend VM's QEMU, "front" for the master.
+    """
+    return f"device-{name}.{kind}.sock"
 
 
 def too_long(path: Path) -> bool:
