@@ -49,6 +49,8 @@ _DRAIN_PATIENCE: Final = 10.0
 """Seconds that requests in flight may take, unless the server is told to end, to finish after a disconnect."""
 _REFUSAL_LOG_INTERVAL: Final = 10.0
 """Seconds between log lines about refused front ends of one member."""
+_SHARE_PATIENCE: Final = 30.0
+"""Seconds that a front end may take to map shared memory."""
 _HOLD_PATIENCE: Final = 5.0
 """Seconds that a connection's last message and its rings may take when it is handed over."""
 _SET_BACKEND_REQ_FD: Final = struct.pack("<III", 21, 1, 0)
@@ -127,6 +129,7 @@ class _Connection:
     """One attached front end."""
 
     __slots__ = (
+        "answered",
         "cancelled",
         "channel",
         "ended",
@@ -168,6 +171,8 @@ class _Connection:
         """While its rings are about to be started again, after a hand-over that came to nothing."""
         self.left = False
         """A successor has it."""
+        self.answered: Callable[[bool], None] | None = None
+        """Told the answer to the request about shared memory that is under way."""
 
     async def hold(self) -> None:
         """Let no message begin, and wait for those that have."""
@@ -625,7 +630,9 @@ class VhostUserServer:
                 if message.fds:
                     _native.discard(message.fds)
                     raise TornMessage("message.fds", "file descriptors with an answer on the back-end channel")
-                connection.session.backend_reply(message.header, message.payload)
+                done = connection.session.backend_reply(message.header, message.payload)
+                if done is not None and connection.answered is not None:
+                    connection.answered(done)
                 await trio.lowlevel.checkpoint()
             return True
         except ConnectionEnd:
@@ -699,6 +706,45 @@ class VhostUserServer:
         if connection is None:
             return False
         return await self._send_config_change(connection)
+
+    async def share_memory(self, operation: _native.SharedMemoryOperation) -> bool | None:
+        """Have the attached front end map something into the device's shared memory region, or unmap it.
+
+        True when that is done, False when the front end refuses, or doesn't answer in time. None when it can't be
+        asked now: nobody is attached, the device isn't started, or an answer is still to come. After a cancellation the
+        answer may still come; until then it can't be asked again.
+        """
+        connection = self._connection
+        reverse = None if connection is None else connection.reverse
+        if connection is None or reverse is None or connection.ended or connection.answered is not None:
+            return None
+        request = connection.session.shared_memory(operation.map, operation.offset, operation.size, operation.fd_offset)
+        if request is None:
+            return None
+        # No checkpoint between the session's word that the device runs and the message: QEMU dies of one that it gets
+        # when it has stopped its device.
+        try:
+            sent = reverse.send_now(request, [operation.fileno()] if operation.map else ())
+        except OSError as error:
+            logger.warning("member %d: the back-end channel broke: %s", self._member.id, error)
+            sent = False
+        if not sent:
+            # the session waits for an answer, and none will come
+            reverse.shutdown()
+            connection.channel.shutdown()
+            return False
+        answer: list[bool] = []
+        answered = trio.Event()
+
+        def take(done: bool) -> None:
+            answer.append(done)
+            answered.set()
+            connection.answered = None
+
+        connection.answered = take
+        with trio.move_on_after(_SHARE_PATIENCE):
+            await answered.wait()
+        return bool(answer and answer[0])
 
     # --- a successor takes over ---------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -184,6 +185,23 @@ class Channel:
         finally:
             if not lock.locked() and self._sending is lock:
                 self._sending = None
+
+    def send_now(self, data: bytes, fds: Sequence[int] = ()) -> bool:
+        """As `send`, but at once and without a checkpoint; False when that isn't possible, and nothing was sent.
+
+        For what must not be overtaken by a message that is received meanwhile. Raises OSError: the stream is of no more
+        use (a part of `data` may have been sent).
+        """
+        if self._sending is not None or self._socket.fileno() < 0:
+            return False
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            sent = self._socket.sendmsg([data], rights, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        if sent < len(data):
+            raise OSError(errno.EMSGSIZE, "only part of a message fits into the socket")
+        return True
 
     def shutdown(self) -> None:
         """End the connection in both directions: whoever waits in `receive` or `send` is woken."""

@@ -52,8 +52,10 @@ from .errors import ConfigError, GroupError, MemberError, Problem, StateError, s
 from .functions import MEMBER_FUNCTIONS, FunctionKind, FunctionServer, function_kinds
 from .owner import OwnerDriver, OwnerLink
 from .reactor import Reactor
+from .relay import RelayDevice
 from .rundir import QMP_SOCKET, RunDir, default_run_dir, function_socket_name, socket_name, too_long
 from .state import Kept
+from .vvu_view import describe
 
 __all__ = ["ENGINES", "Engine", "EventStream", "Group", "GroupEvent", "open_group"]
 
@@ -94,6 +96,8 @@ LISTEN_TIMEOUT: Final = 5.0
 LISTEN_ERRORS: Final = (OSError, ValueError, _native.NativeError)
 OWNER: Final = 0
 """The owner's number among the devices of a group; members begin at 1."""
+FIRST_RELAY: Final = 1 << 20
+"""Numbers of virtio-vhost-user devices in native events; members' have 16 bits."""
 TRACE_INTERVAL: Final = 0.1
 """Seconds between two events with register accesses, while there are any."""
 TRACE_BATCH: Final = 500
@@ -342,6 +346,10 @@ class Group:
         self.qmp: QMPServer | None = None
         """The server on it."""
         self.supervisor_pid: int | None = None
+        self._relays: dict[int, RelayDevice] = {}
+        """virtio-vhost-user devices by their number in native events, which no member can have."""
+        self._relay_scopes: dict[int, tuple[trio.CancelScope, trio.Event]] = {}
+        """Of their tasks, and these tasks' ends."""
         self._operations = 0
         self._settled = trio.Event()
         self._patient_until = -math.inf
@@ -439,6 +447,10 @@ class Group:
             end()
 
     def _native_event(self, kind: str, member_id: int, data: dict[str, Any]) -> None:
+        relay = self._relays.get(member_id)
+        if relay is not None:
+            relay.native_event(kind, data)
+            return
         device = self._device_of(member_id)
         if device is None:
             return
@@ -474,6 +486,62 @@ class Group:
 
     def _device_of(self, member_id: int) -> _Device | None:
         return self._owner if member_id == OWNER else self._slots.get(member_id)
+
+    # --- virtio-vhost-user devices ------------------------------------------------------------------------
+
+    async def serve_vhost_user_devices(self) -> None:
+        """Serve those of the group file that aren't served. Raises GroupError; those before it are served then."""
+        for number, config in enumerate(self.config.vhost_user_devices, FIRST_RELAY):
+            if number in self._relays:
+                continue
+            try:
+                relay = RelayDevice(
+                    config, number, self._pool, self._host, functools.partial(self._relay_event, number, config.name)
+                )
+                self._relays[number] = relay
+                relay.start()
+            except (_native.NativeError, OSError, ValueError) as error:
+                started = self._relays.pop(number, None)
+                if started is not None:
+                    await started.aclose()
+                raise GroupError(f"virtio-vhost-user device {config.name}: {error}") from error
+            scope, ended = self._relay_scopes[number] = (trio.CancelScope(), trio.Event())
+            self._spawn(functools.partial(self._run_relay, relay, scope, ended))
+            log.info("device %s: masters at %s", config.name, relay.socket_path("front"))
+
+    async def _run_relay(self, relay: RelayDevice, scope: trio.CancelScope, ended: trio.Event) -> None:
+        try:
+            with scope:
+                await relay.run()
+        except Exception:
+            # a bug; the other devices and members go on
+            log.exception("device %s: its relay failed; no master can connect any more", relay.config.name)
+        finally:
+            await relay.aclose()
+            ended.set()
+
+    async def close_vhost_user_devices(self) -> None:
+        """Close their sockets, and drop who is connected. Bounded; not cancelled."""
+        with trio.CancelScope(shield=True):
+            for number in list(self._relays):
+                scope, ended = self._relay_scopes.pop(number)
+                scope.cancel()
+                await ended.wait()
+                self._relays.pop(number, None)
+
+    def vhost_user_devices_in_use(self) -> list[str]:
+        """Names of those that a backend VM or a master is connected to."""
+        return [relay.config.name for relay in self._relays.values() if relay.in_use]
+
+    def query_vhost_user_devices(self) -> list[dict[str, Any]]:
+        """Everything about the virtio-vhost-user devices."""
+        return [describe(relay.config, relay.native.info(), relay.place()) for relay in self._relays.values()]
+
+    def _relay_event(self, number: int, name: str, kind: str, data: Mapping[str, Any]) -> None:
+        kind = "device-broken" if kind == "broken" else kind
+        if kind == "device-broken":
+            log.warning("device %s: broken: %s: %s", name, data.get("rule"), data.get("reason"))
+        self._emit_paced(kind, number, {"name": name, **data})
 
     def _log_broken(self, device: _Device, member_id: int, data: Mapping[str, Any]) -> None:
         # a guest can break its device as often as it likes: the log shall not be its to fill
@@ -1601,6 +1669,7 @@ class Group:
         """Stop all members, together: each may have to wait for requests in flight."""
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.close_vhost_user_devices)
                 for slot in self._slots.values():
                     nursery.start_soon(self._stop, slot)
 
@@ -1691,6 +1760,7 @@ async def _serve_group(
         if config.owner is not None:
             await group._open_owner(config.owner)
         await group._open_all(restored, left_behind)
+        await group.serve_vhost_user_devices()
         yield group
 
 
