@@ -1301,7 +1301,7 @@ impl Member {
 
     /// Whether all of the device works: rings of all queues run and (over vhost-user) every index may.
     pub fn ready(&self) -> bool {
-        Self::all_run(&self.lock(), &*self.device)
+        !self.owner.is_broken() && Self::all_run(&self.lock(), &*self.device)
     }
 
     fn all_run(registers: &Registers, device: &dyn Device) -> bool {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Notifications from one virtual machine to another: an eventfd, or an access to a register, on one side, and an eventfd on
-//! the other. A worker forwards; nothing is counted or kept but that there was one, as with eventfds themselves.
+//! the other. A worker forwards; nothing is kept but that there was one, as with eventfds themselves.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -19,12 +19,31 @@ pub struct Bell {
     from: Mutex<Option<SourceHandle>>,
     rung: AtomicU64,
     ignored: AtomicU64,
+    /// What comes while notifications go nowhere is kept for when they go somewhere again.
+    patient: bool,
+    /// Something is kept.
+    waiting: AtomicBool,
 }
 
 impl Bell {
-    /// Where notifications go from now on; None: nowhere, they are ignored.
+    /// One whose other side may be away for a while (a paused guest): what comes meanwhile is not lost.
+    pub fn patient() -> Self {
+        Self {
+            patient: true,
+            ..Self::default()
+        }
+    }
+
+    /// Where notifications go from now on; None: nowhere.
     pub fn set_to(&self, to: Option<Call>) {
+        let somewhere = to.is_some();
         *self.to.lock().unwrap_or_else(PoisonError::into_inner) = to;
+        // In this order: who rings at the same time either finds the new place, or has left its word before this.
+        if somewhere && self.waiting.load(Ordering::SeqCst) {
+            if let Some(from) = &*self.from.lock().unwrap_or_else(PoisonError::into_inner) {
+                from.wake();
+            }
+        }
     }
 
     /// Whether notifications go anywhere.
@@ -39,6 +58,7 @@ impl Bell {
             pool.add_source(|_| Box::new(Ringer { fd, bell }))
         });
         let before = std::mem::replace(&mut *self.from.lock().unwrap_or_else(PoisonError::into_inner), source);
+        self.waiting.store(false, Ordering::SeqCst);
         if let Some(before) = before {
             before.remove(Completion::call(|| {}));
         }
@@ -47,11 +67,29 @@ impl Bell {
     /// A notification: the eventfd to signal, if it is to be seen on the other side.
     pub fn ring(&self) -> Option<Arc<OwnedFd>> {
         self.rung.fetch_add(1, Ordering::Relaxed);
+        self.pass_on(true)
+    }
+
+    /// What was kept, if there is somebody for it now.
+    fn kept(&self) -> Option<Arc<OwnedFd>> {
+        if self.waiting.load(Ordering::SeqCst) {
+            self.pass_on(false)
+        } else {
+            None
+        }
+    }
+
+    fn pass_on(&self, new: bool) -> Option<Arc<OwnedFd>> {
         let to = self.to.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(Call { fd, isr }) = &*to else {
-            self.ignored.fetch_add(1, Ordering::Relaxed);
+            if self.patient {
+                self.waiting.store(true, Ordering::SeqCst);
+            } else if new {
+                self.ignored.fetch_add(1, Ordering::Relaxed);
+            }
             return None;
         };
+        self.waiting.store(false, Ordering::SeqCst);
         if let Some((isr, bits)) = isr {
             // Before the signal: the interrupt's handler looks there.
             isr.fetch_or(*bits, Ordering::Release);
@@ -87,10 +125,13 @@ impl Source for Ringer {
     }
 
     fn ready(&mut self, io: &mut SourceIo<'_>) -> Flow {
-        if sys::eventfd_drain(self.fd.as_raw_fd()) {
-            if let Some(fd) = self.bell.ring() {
-                io.signal(&fd);
-            }
+        let fd = if sys::eventfd_drain(self.fd.as_raw_fd()) {
+            self.bell.ring()
+        } else {
+            self.bell.kept()
+        };
+        if let Some(fd) = fd {
+            io.signal(&fd);
         }
         Flow::Wait
     }

@@ -375,7 +375,7 @@ impl VvuDevice {
             ram_file: ram_file.map(|(fd, len)| (Arc::new(fd), len)),
             member: OnceLock::new(),
             state: Mutex::default(),
-            kicks: bells(),
+            kicks: (0..max_queues).map(|_| Arc::new(Bell::patient())).collect(),
             calls: bells(),
             errs: bells(),
             log: Arc::default(),
