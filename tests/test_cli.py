@@ -23,8 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
-from vhu_legacy.cli import size_text
+from tests.test_upgrade import faulty
+from vhu_legacy import images
+from vhu_legacy.cli import event_text, size_text, vvu_facts, vvu_state
 
 MIB = 1 << 20
 VHU = [sys.executable, "-m", "vhu_legacy"]
@@ -626,6 +629,238 @@ def test_conformance_of_nobody(work: Path) -> None:
     assert "NO-SUCH" in error_line("conformance", "--owner", work / "none.sock", "--only", "NO-SUCH")
 
 
+# --- virtio-vhost-user devices ------------------------------------------------------------------------------
+
+DEVICES = """
+    [group]
+    name = "vvu"
+
+    [[vhost_user_devices]]
+    name = "disk"
+    max_queues = 3
+
+    [[vhost_user_devices]]
+    name = "net"
+    uuid = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
+    shared_memory = "1GiB"
+    vfio_user = true
+    ram_file = "ram"
+    ram_size = "64MiB"
+"""
+
+
+@pytest.fixture
+def devices(work: Path) -> Iterator[Served]:
+    """A group of virtio-vhost-user devices."""
+    with serving(write(work, DEVICES, "devices.toml")) as served:
+        yield served
+
+
+def device_socket(served: Served, name: str, kind: str) -> Path:
+    return Path(served.ready["run_dir"]) / f"device-{name}.{kind}.sock"
+
+
+def wait_device(name: str, key: str, value: object) -> dict[str, Any]:
+    """Ask until a value of a device is this one."""
+    deadline = time.monotonic() + 20
+    while (device := run_json("devices", name))[key] != value:
+        assert time.monotonic() < deadline, device
+    assert isinstance(device, dict)
+    return device
+
+
+def end_of_the_day(run_dir: str) -> None:
+    """End whichever process serves there by now; nothing of it may be left."""
+    os.kill(int((Path(run_dir) / "group.lock").read_text()), signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while Path(run_dir).exists():
+        assert time.monotonic() < deadline, list(Path(run_dir).iterdir())
+        time.sleep(0.01)
+
+
+def test_validate_devices(work: Path) -> None:
+    file = write(work, DEVICES, "devices.toml")
+    assert "group vvu, 0 members, 2 virtio-vhost-user devices: ok" in run("validate", file).stdout
+    disk, net = run_json("validate", file)["group"]["vhost_user_devices"]
+    assert (disk["uuid"], disk["shared_memory"], disk["ram_file"]) == (None, 4 << 30, None)
+    assert (net["uuid"], net["ram_file"]) == ("6ba7b810-9dad-11d1-80b4-00c04fd430c8", str(work / "ram"))
+
+
+def test_devices(devices: Served) -> None:
+    kinds = ("vhost_user", "vfio_user", "front")
+    disk, net = devices.ready["vhost_user_devices"]
+    paths = {kind: str(device_socket(devices, "net", kind.replace("_", "-"))) for kind in kinds}
+    assert net == {"name": "net", **paths}
+    assert (disk["name"], disk["vfio_user"]) == ("disk", None)
+    for path in (*paths.values(), disk["vhost_user"], disk["front"]):
+        assert Path(path).is_socket()
+    rows = [line.split() for line in run("devices").stdout.splitlines() if "waiting" in line]
+    assert [row[:6] for row in rows] == [
+        ["disk", "waiting", "-", "-", "-", "3"],
+        ["net", "waiting", "-", "-", "-", "8"],
+    ]
+    answer = run_json("devices")
+    assert [device["name"] for device in answer] == ["disk", "net"]
+    assert run_json("devices", "net") == answer[1]
+    text = run("devices", "net").stdout
+    for part in (*paths.values(), "6ba7b810-9dad-11d1-80b4-00c04fd430c8", "1 GiB", "ram, 64 MiB"):
+        assert part in text
+    bells = [line.split() for line in run("devices", "disk").stdout.splitlines() if re.match(r" +(\d|log)", line)]
+    assert bells[0] == ["0", "2", "0", "0", "0", "0", "3", "0", "0"]
+    assert bells[3] == ["log", "8", "0", "0"]
+    line = error_line("devices", "dusk")
+    assert line == "vhu-legacy: there is no virtio-vhost-user device 'dusk'; there is: disk, net"
+
+
+def test_no_devices(work: Path) -> None:
+    with serving(work / "group.toml") as served:
+        assert "vhost_user_devices" not in served.ready
+        assert run_json("devices") == []
+        assert "there is none" in error_line("devices", "disk")
+
+
+def test_qemu_args_of_both_sides(devices: Served) -> None:
+    answer = run_json("qemu-args", "--backend", "disk", "--qemu", "11.1", "--memory", "2G")
+    assert {key: answer[key] for key in ("device", "side", "via", "qemu")} == {
+        "device": "disk",
+        "side": "backend",
+        "via": "vhost-user",
+        "qemu": "11.1",
+    }
+    argv = answer["argv"]
+    assert f"socket,id=vvu-disk-chr,path={device_socket(devices, 'disk', 'vhost-user')}" in argv
+    assert "num_vqs=9," in argv[argv.index("-device") + 1]
+    assert argv[argv.index("-m") + 1] == "2G"
+    answer = run_json("qemu-args", "--backend", "net", "--via", "vfio-user", "--qemu", "11.1")
+    assert str(device_socket(devices, "net", "vfio-user")) in " ".join(answer["argv"])
+    assert answer["via"] == "vfio-user"
+
+    answer = run_json("qemu-args", "--front", "disk", "--qemu", "10.0", "--legacy", "--queues", 3)
+    assert (answer["device"], answer["side"], answer["via"]) == ("disk", "front", "vhost-user")
+    text = " ".join(answer["argv"])
+    assert f"path={device_socket(devices, 'disk', 'front')},reconnect-ms=1000" in text
+    assert "num-queues=3,disable-modern=on" in text
+    assert "memory-backend-memfd,id=mem0,size=1G" in text
+    assert "tag=disk" in run("qemu-args", "--front", "disk", "--device", "fs", "--qemu", "11.1").stdout
+    assert "tag=x,,y" in run("qemu-args", "--front", "disk", "--device", "fs", "--tag", "x,y", "--qemu", "11.1").stdout
+    text = run("qemu-args", "--front", "net", "--device", "net", "--queues", 4, "--qemu", "11.1").stdout
+    # all of its memory is what the backend VM sees
+    assert f"memory-backend-file,id=mem0,size=64M,mem-path={devices.ready['run_dir'].partition('/xdg')[0]}/ram," in text
+    assert "-m 64M" in text
+    assert "vectors=10" in text
+
+    assert "isn't served over vfio-user" in error_line("qemu-args", "--backend", "disk", "--via", "vfio-user")
+    assert "needed: 11.1" in error_line("qemu-args", "--backend", "disk", "--qemu", "10.0")
+    assert "no virtio-vhost-user device 'x'" in error_line("qemu-args", "--front", "x")
+    assert "modern only" in error_line("qemu-args", "--front", "disk", "--device", "fs", "--legacy")
+    assert "no choice of queues" in error_line("qemu-args", "--front", "disk", "--device", "i2c", "--queues", 2)
+    refusal = error_line("qemu-args", "--front", "disk", "--device", "net", "--queues", 2)
+    assert "needs 4 of device disk, which has max_queues = 3" in refusal
+    assert "has a RAM file" in error_line("qemu-args", "--front", "net", "--memory", "1G")
+
+
+def test_events_of_devices_on_one_line() -> None:
+    stamp = {"seconds": 0, "microseconds": 5000}
+    data = {"name": "disk", "reason": "closed by the master"}
+    line = event_text({"event": "MASTER_DOWN", "data": data, "timestamp": stamp})
+    assert line.endswith(".005 device disk: MASTER_DOWN reason=closed by the master")
+
+
+def test_a_device_that_broke_a_rule(devices: Served) -> None:
+    device = run_json("devices", "disk")
+    device["broken"] = {"rule": "rxq.size", "reason": "a buffer of 1 bytes", "queue": 0}
+    device["last-message"] = {
+        "from": "master", "request": 99, "name": None, "reply": False, "flags": 1, "size": 8,
+    }  # fmt: skip
+    assert vvu_state(device) == "broken: rxq.size"
+    facts = dict(vvu_facts(device))
+    assert facts["broken"] == "rxq.size: a buffer of 1 bytes"
+    assert facts["last message"] == "request 99 of the master, 8 bytes"
+    device["last-message"] |= {"request": 24, "name": "GET_CONFIG", "reply": True, "from": "slave"}
+    assert dict(vvu_facts(device))["last message"] == "reply to GET_CONFIG of the slave, 8 bytes"
+
+
+def test_upgrade_serves_devices_anew(devices: Served) -> None:
+    run_dir = devices.ready["run_dir"]
+    # a new file may well have the old one's number
+    before = {name: device_socket(devices, name, "front").stat().st_ctime_ns for name in ("disk", "net")}
+    try:
+        answer = run_json("upgrade", run_dir)
+        assert answer["pid"] != devices.process.pid
+        assert devices.process.wait(20) == 0
+        assert [device["state"] for device in run_json("devices")] == ["waiting", "waiting"]
+        assert run_json("devices", "net")["uuid"] == "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
+        for name, made in before.items():
+            assert device_socket(devices, name, "front").stat().st_ctime_ns > made
+        with attach(str(device_socket(devices, "disk", "vhost-user"))):
+            wait_device("disk", "carrier", "vhost-user")
+    finally:
+        end_of_the_day(run_dir)
+
+
+def test_upgrade_is_refused_while_a_device_is_in_use(devices: Served, work: Path) -> None:
+    run_dir = devices.ready["run_dir"]
+    with attach(str(device_socket(devices, "disk", "vhost-user"))) as backend:
+        wait_device("disk", "carrier", "vhost-user")
+        refusal = error_line("upgrade", run_dir)
+        assert "virtio-vhost-user device disk: a backend VM or a master is connected" in refusal
+        assert "use force" in refusal
+        assert run_json("list")["group"]["pid"] == devices.process.pid
+        # it is still connected, and served
+        backend.sendall(b"\1\0\0\0\1\0\0\0\0\0\0\0")
+        assert len(backend.recv(20)) == 20
+        # hello, group, ready, end, serving: the devices have been closed by then, and are in the new process's hands
+        assert "is gone" in error_line("upgrade", run_dir, "--force", "--python", faulty(work, 5, "kill"))
+        assert backend.recv(1) == b""
+    assert run_json("list")["group"]["pid"] == devices.process.pid
+    for name in ("disk", "net"):
+        with attach(str(device_socket(devices, name, "vhost-user"))):
+            wait_device(name, "carrier", "vhost-user")
+            assert error_line("upgrade", run_dir)
+        wait_device(name, "carrier", None)
+    with attach(str(device_socket(devices, "net", "vhost-user"))) as backend:
+        wait_device("net", "carrier", "vhost-user")
+        try:
+            assert run_json("upgrade", run_dir, "--force")["pid"] != devices.process.pid
+            assert backend.recv(1) == b""
+            assert wait_device("net", "carrier", None)["state"] == "waiting"
+        finally:
+            end_of_the_day(run_dir)
+
+
+@pytest.fixture(scope="module")
+def qemu() -> images.QemuCommand:
+    """QEMU 11.1. Found before `work` has another home directory, in which there is no cache."""
+    trio.run(images.ensure, [], ["11.1"])
+    return images.qemu_command("11.1")
+
+
+@pytest.mark.guest
+@pytest.mark.parametrize(("name", "via"), [("disk", "vhost-user"), ("net", "vhost-user"), ("net", "vfio-user")])
+def test_qemu_has_the_device(qemu: images.QemuCommand, devices: Served, name: str, via: str) -> None:
+    """QEMU 11.1 takes the printed options and connects; the other end goes with it."""
+    answer = run_json("qemu-args", "--backend", name, "--via", via, "--qemu", "11.1", "--memory", "64M")
+    with subprocess.Popen(
+        [*qemu.argv, *answer["argv"][1:], "-S"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **qemu.env},
+    ) as process:
+        try:
+            device = wait_device(name, "carrier", via)
+            assert device["peer-pid"] == process.pid
+            assert device["state"] == "waiting"
+            assert via in run("devices", name).stdout
+            # past its realization
+            time.sleep(0.5)
+            assert process.poll() is None
+        finally:
+            process.kill()
+    wait_device(name, "carrier", None)
+
+
 # --- errors -----------------------------------------------------------------------------------------------
 
 
@@ -652,6 +887,15 @@ def test_conformance_of_nobody(work: Path) -> None:
         ["conformance"],
         ["conformance", "--owner", "x", "--member", "1"],
         ["show", "owner", "--qom-path", "/x"],
+        ["qemu-args"],
+        ["qemu-args", "1", "--backend", "disk"],
+        ["qemu-args", "--backend", "disk", "--front", "disk"],
+        ["qemu-args", "1", "--device", "blk"],
+        ["qemu-args", "--backend", "disk", "--queues", "2"],
+        ["qemu-args", "--front", "disk", "--device", "gpu"],
+        ["qemu-args", "--front", "disk", "--tag", "x"],
+        ["qemu-args", "--front", "disk", "--via", "vfio-user"],
+        ["qemu-args", "--front", "disk", "--queues", "0"],
     ],
 )
 def test_wrong_usage(args: list[str]) -> None:
@@ -663,7 +907,7 @@ def test_wrong_usage(args: list[str]) -> None:
 def test_every_command_has_help_and_json() -> None:
     commands = re.findall(r"^  ([a-z-]+) +[A-Z]", run("--help").stdout, re.MULTILINE)
     expected = {"serve", "validate", "list", "show", "watch", "qemu-args", "shell", "boot", "matrix", "images"}
-    expected |= {"admin", "trace", "conformance"}
+    expected |= {"admin", "trace", "conformance", "devices"}
     assert expected <= set(commands)
     for command in expected:
         assert "--json" in run(command, "--help").stdout

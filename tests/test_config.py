@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import textwrap
 from pathlib import Path
@@ -15,11 +16,14 @@ from vhu_legacy.config import (
     MAX_FILE,
     CompatConfig,
     GroupConfig,
+    VhostUserDeviceConfig,
     image_identity,
     parse_member,
     parse_size,
     resolve_image,
 )
+from vhu_legacy.errors import GroupError
+from vhu_legacy.handover import group_data, group_of
 
 MIB = 1 << 20
 
@@ -28,6 +32,7 @@ MIB = 1 << 20
 def group_dir(tmp_path: Path) -> Path:
     for name in ("disk1.raw", "disk2.raw", "pf.raw"):
         (tmp_path / name).write_bytes(bytes(MIB))
+    (tmp_path / "ram").mkdir()
     return tmp_path
 
 
@@ -93,7 +98,21 @@ GOOD = """
     type = "blk"
     image = "null:1GiB"
     read_only = true
+
+    [[vhost_user_devices]]
+    name = "disk"
+
+    [[vhost_user_devices]]
+    name = "0.Net_1-b"
+    max_queues = 126
+    uuid = "6BA7B810-9dad-11d1-80b4-00c04fd430c8"
+    shared_memory = "1TiB"
+    vfio_user = true
+    vectors = 2048
+    ram_file = "ram/../ram.bin"
+    ram_size = 4096
 """
+UUID = bytes.fromhex("6ba7b8109dad11d180b400c04fd430c8")
 
 
 def test_everything_that_can_be_said(group_dir: Path) -> None:
@@ -126,6 +145,27 @@ def test_everything_that_can_be_said(group_dir: Path) -> None:
         ),
         MemberConfig(10, "blk", f"null:{1 << 30}", read_only=True),
     )
+    ram_file = group_dir / "ram/../ram.bin"
+    assert config.vhost_user_devices == (
+        VhostUserDeviceConfig("disk", 8, bytes(16), 4 << 30, False, None, None, 0),
+        VhostUserDeviceConfig("0.Net_1-b", 126, UUID, 1 << 40, True, 2048, ram_file, 4096),
+    )
+
+
+def test_a_group_goes_to_a_successor_as_it_is(group_dir: Path) -> None:
+    config = load(write(group_dir, GOOD))
+    assert group_of(json.loads(json.dumps(group_data(config)))) == config
+    # one that has none of it can go to a version that has never heard of it, and come from one
+    plain = load(write(group_dir, '[group]\nname = "x"\nrun_dir = "run"\n'))
+    assert "vhost_user_devices" not in group_data(plain)
+    assert group_of(json.loads(json.dumps(group_data(plain)))) == plain
+    data = json.loads(json.dumps(group_data(config)))
+    data["vhost_user_devices"][0]["colour"] = "red"
+    with pytest.raises(GroupError, match="colour, which isn't known here"):
+        group_of(data)
+    data["vhost_user_devices"][0] = {"name": "disk", "uuid": "xyz", "ram_file": None}
+    with pytest.raises(GroupError, match="in an unknown way"):
+        group_of(data)
 
 
 def test_a_byte_order_mark_is_no_mistake(group_dir: Path) -> None:
@@ -143,6 +183,10 @@ def test_the_shortest_file_is_an_empty_group_with_a_warning(group_dir: Path) -> 
 MEMBER = '[group]\nname = "x"\n[[members]]\n'
 RAM = MEMBER + 'type = "blk"\nimage = "ram:1MiB"\n'
 FIRST = "[[members]] #1"
+DEVICE = '[group]\nname = "x"\n[[vhost_user_devices]]\n'
+NAMED = DEVICE + 'name = "d"\n'
+RAM_FILE = NAMED + 'vfio_user = true\nram_file = "ram.bin"\n'
+FIRST_DEVICE = "[[vhost_user_devices]] #1"
 OWNER = '[group]\nname = "x"\n[owner]\ntype = "blk"\nimage = "ram:1MiB"\n'
 COMPAT = "[group.compat]"
 
@@ -229,6 +273,44 @@ MISTAKES: list[tuple[str, str | None, str | None, str, str | None]] = [
     (RAM + 'serial = "é"', FIRST, "serial", "é", "ASCII"),
     (RAM + 'count = 2\nserial = "s"', FIRST, "serial", "1 and 2", "{n}"),
     (MEMBER + 'type = "blk"\nimage = "disk1.raw"\ncount = 2', FIRST, "image", "member 1 and member 2", "{n}"),
+    ('[group]\nname = "x"\n[vhost_user_devices]', "[vhost_user_devices]", None, "found one table", "two brackets"),
+    ('[group]\nname = "x"\n[[vhost-user-device]]', None, None, "(did you mean vhost_user_devices?)", "[[vhost_user"),
+    ('vhost_user_devices = 1\n[group]\nname = "x"', "vhost_user_devices", None, "found 1", "a list of tables"),
+    ('vhost_user_devices = [1]\n[group]\nname = "x"', FIRST_DEVICE, None, "found 1", "a table"),
+    (DEVICE, FIRST_DEVICE, "name", "missing", "letters"),
+    (DEVICE + 'name = 1', FIRST_DEVICE, "name", "found 1, not a string", "letters"),
+    (DEVICE + 'name = "a/b"', FIRST_DEVICE, "name", 'found "a/b"', "letters"),
+    (DEVICE + 'name = ".."', FIRST_DEVICE, "name", 'found ".."', "letters"),
+    (DEVICE + f'name = "{"d" * 65}"', FIRST_DEVICE, "name", "found", "1 to 64"),
+    (NAMED + 'queues = 1', FIRST_DEVICE, "queues", "(did you mean max_queues?)", "shared_memory"),
+    (NAMED + 'max_queues = 0', FIRST_DEVICE, "max_queues", "found 0", "1 to 126"),
+    (NAMED + 'max_queues = 127', FIRST_DEVICE, "max_queues", "found 127", "1 to 126"),
+    (NAMED + 'max_queues = true', FIRST_DEVICE, "max_queues", "found true", "1 to 126"),
+    (NAMED + 'uuid = "x"', FIRST_DEVICE, "uuid", 'found "x"', "6ba7b810-9dad"),
+    (NAMED + f'uuid = "{UUID.hex()}"', FIRST_DEVICE, "uuid", "found", "6ba7b810-9dad"),
+    (NAMED + 'uuid = 1', FIRST_DEVICE, "uuid", "found 1, not a string", "6ba7b810-9dad"),
+    (NAMED + 'shared_memory = "3GiB"', FIRST_DEVICE, "shared_memory", 'found "3GiB"', "power of two"),
+    (NAMED + 'shared_memory = "512KiB"', FIRST_DEVICE, "shared_memory", 'found "512KiB"', "1MiB"),
+    (NAMED + 'shared_memory = "2TiB"', FIRST_DEVICE, "shared_memory", 'found "2TiB"', "1TiB"),
+    (NAMED + 'shared_memory = 0', FIRST_DEVICE, "shared_memory", "found 0", "1MiB"),
+    (NAMED + 'shared_memory = -1048576', FIRST_DEVICE, "shared_memory", "found -1048576", "1MiB"),
+    (NAMED + 'shared_memory = 1048576.0', FIRST_DEVICE, "shared_memory", "found 1048576.0", "1MiB"),
+    (NAMED + 'shared_memory = true', FIRST_DEVICE, "shared_memory", "found true", "1MiB"),
+    (NAMED + 'shared_memory = "lots"', FIRST_DEVICE, "shared_memory", 'found "lots"', "1MiB"),
+    (NAMED + 'vfio_user = 1', FIRST_DEVICE, "vfio_user", "found 1", "true or false"),
+    (NAMED + 'vfio_user = true\nvectors = 2049', FIRST_DEVICE, "vectors", "found 2049", "0 to 2048"),
+    (NAMED + 'ram_size = 4096', FIRST_DEVICE, "ram_size", "no ram_file", "with ram_file"),
+    (RAM_FILE, FIRST_DEVICE, "ram_size", "missing", "whole pages"),
+    (RAM_FILE + 'ram_size = 0', FIRST_DEVICE, "ram_size", "found 0", "whole pages"),
+    (RAM_FILE + 'ram_size = 4097', FIRST_DEVICE, "ram_size", "found 4097", "whole pages"),
+    (RAM_FILE + 'ram_size = "8GiB"', FIRST_DEVICE, "ram_size", 'found "8GiB"', "at most shared_memory"),
+    (RAM_FILE.replace("true", "false") + 'ram_size = 4096', FIRST_DEVICE, "ram_file", "PCI function", "vfio_user"),
+    (RAM_FILE.replace("ram.bin", "") + 'ram_size = 4096', FIRST_DEVICE, "ram_file", 'found ""', "relative"),
+    (RAM_FILE.replace("ram.bin", "ram") + 'ram_size = 4096', FIRST_DEVICE, "ram_file", "not a regular file", "a file"),
+    (RAM_FILE.replace("ram.bin", "no/x") + 'ram_size = 4096', FIRST_DEVICE, "ram_file", "is no directory", "file"),
+    (RAM_FILE.replace("ram.bin", "pf.raw/x") + 'ram_size = 4096', FIRST_DEVICE, "ram_file", "no directory", "a file"),
+    (RAM_FILE.replace("ram.bin", "/dev/zero") + 'ram_size = 4096', FIRST_DEVICE, "ram_file", "not a regular", "a file"),
+    (RAM_FILE.replace("ram.bin", "a\\u0000b") + 'ram_size = 4096', FIRST_DEVICE, "ram_file", "NUL", "a file"),
 ]  # fmt: skip
 
 
@@ -289,6 +371,75 @@ def test_all_mistakes_are_reported_at_once(group_dir: Path) -> None:
     assert all(line.startswith(str(path)) for line in lines)
 
 
+def test_all_mistakes_of_devices_are_reported_at_once(group_dir: Path) -> None:
+    path = write(
+        group_dir,
+        f"""
+        [group]
+        name = "x"
+        workers = 0
+        [[vhost_user_devices]]
+        name = "d"
+        uuid = "{VhostUserDeviceConfig("", uuid=UUID).uuid_text}"
+        max_queue = 3
+        shared_memory = "3GiB"
+        # what is too much for a region of unknown size isn't known
+        vfio_user = true
+        ram_file = "pf.raw"
+        ram_size = "8GiB"
+        [[vhost_user_devices]]
+        name = "d"
+        uuid = "{VhostUserDeviceConfig("", uuid=UUID).uuid_text}"
+        max_queues = 127
+        ram_file = "missing/ram"
+        [owner]
+        type = "blk"
+        image = "pf.raw"
+        """,
+    )
+    second = "[[vhost_user_devices]] #2"
+    problems = check(path).problems
+    assert [(problem.table, problem.key) for problem in problems] == [
+        ("[group]", "workers"),
+        (FIRST_DEVICE, "max_queue"),
+        (FIRST_DEVICE, "shared_memory"),
+        (FIRST_DEVICE, "ram_file"),
+        (second, "max_queues"),
+        (second, "ram_size"),
+        (second, "ram_file"),
+        (second, "ram_file"),
+        (second, "name"),
+        (second, "uuid"),
+    ]
+    assert "pf.raw is the image of the owner" in problems[3].found
+    assert FIRST_DEVICE in problems[-2].found
+    assert FIRST_DEVICE in problems[-1].found
+
+
+def test_devices_alone_are_a_group(group_dir: Path) -> None:
+    result = check(write(group_dir, NAMED))
+    assert (result.problems, result.warnings) == ((), ())
+    assert result.config is not None
+    assert result.config.members == ()
+
+
+def test_two_devices_of_one_vm_show_the_same_memory(group_dir: Path) -> None:
+    text = RAM_FILE + "ram_size = '1MiB'\n"
+    (group_dir / "ram.bin").write_bytes(bytes(MIB))
+    other = text.removeprefix('[group]\nname = "x"\n').replace('"d"', '"e"')
+    config = load(write(group_dir, text + other))
+    assert [device.ram_file for device in config.vhost_user_devices] == [group_dir / "ram.bin"] * 2
+    # what is opened is the file of that name
+    (group_dir / "ram.bin").unlink()
+    (group_dir / "ram.bin").symlink_to("disk1.raw")
+    assert "not a regular file" in check(write(group_dir, text)).problems[0].found
+
+
+def test_uuids_as_text() -> None:
+    assert VhostUserDeviceConfig("x").uuid_text is None
+    assert VhostUserDeviceConfig("x", uuid=UUID).uuid_text == "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
+
+
 def test_a_wrong_pattern_for_many_members_is_a_few_lines(group_dir: Path) -> None:
     result = check(write(group_dir, MEMBER + 'type = "blk"\ncount = 1000\nimage = "none{n}.raw"'))
     assert len(result.problems) == 6
@@ -346,6 +497,10 @@ def test_large_legacy_queues_are_warned_about(group_dir: Path) -> None:
         (RAM + "vfio_user = true", []),
         (RAM + "vfio_user = true\nvectors = 0\ncount = 3", [(FIRST, "vectors", "INTx")]),
         (RAM + "vectors = 3", [(FIRST, "vectors", "only PCI functions")]),
+        (NAMED + "vfio_user = true", []),
+        (NAMED + "vfio_user = true\nvectors = 1", []),
+        (NAMED + "vfio_user = true\nvectors = 0", [(FIRST_DEVICE, "vectors", "INTx")]),
+        (NAMED + "vectors = 3", [(FIRST_DEVICE, "vectors", "only PCI functions")]),
     ],
 )
 def test_what_is_warned_about(group_dir: Path, text: str, places: list[tuple[str, str, str]]) -> None:
@@ -378,6 +533,8 @@ def test_vectors_and_queues_by_default() -> None:
     assert MemberConfig(1, queues=4).vector_count == 5
     assert MemberConfig(1, queues=4, vectors=0).vector_count == 0
     assert OwnerConfig("blk", "", admin_queues=2, queues=3).vector_count == 6
+    assert VhostUserDeviceConfig("x", 4).vector_count == 7
+    assert VhostUserDeviceConfig("x", 4, vectors=0).vector_count == 0
     assert GroupConfig("x", Path("x")).admin_queues == 1
     assert GroupConfig("x", Path("x"), owner=OwnerConfig("blk", "", 5)).admin_queues == 5
 
@@ -388,6 +545,8 @@ def test_vectors_and_queues_by_default() -> None:
         (OWNER, ""),
         (OWNER + "vfio_user = true", "owner.vfio-user.sock"),
         (RAM + "id = 65535\nvfio_user = true", "member-65535.transitional.vfio-user.sock"),
+        (NAMED, ""),
+        (NAMED.replace('"d"', f'"{"d" * 20}"'), f"device-{'d' * 20}.vhost-user.sock"),
     ],
 )
 def test_the_longest_socket_must_fit(group_dir: Path, text: str, name: str) -> None:

@@ -32,6 +32,7 @@ from vhu_legacy import (
     qemu_args,
 )
 from vhu_legacy.client import GroupClient, connect
+from vhu_legacy.config import VhostUserDeviceConfig
 from vhu_legacy.errors import ClientError
 from vhu_legacy.functions import MEMBER_FUNCTIONS, FunctionKind
 from vhu_legacy.group import Group, GroupEvent, open_group
@@ -861,7 +862,10 @@ class Schema:
 
 async def test_every_answer_and_event_is_what_the_schema_says(work: Path) -> None:
     owner = OwnerConfig("blk", f"ram:{MIB}")
-    with_owner = config(work, disk(1, work / "disk1.raw"), ram(2), owner=owner, feature_management=True)
+    devices = (VhostUserDeviceConfig("d", 2),)
+    with_owner = config(
+        work, disk(1, work / "disk1.raw"), ram(2), owner=owner, feature_management=True, vhost_user_devices=devices
+    )
     async with open_group(with_owner) as served, over_qmp(served) as client:
         schema = Schema(await client.execute("query-qmp-schema"))
 
@@ -874,6 +878,7 @@ async def test_every_answer_and_event_is_what_the_schema_says(work: Path) -> Non
             for command in ("query-version", "query-commands", "query-qmp-schema", "query-group", "query-members"):
                 await ask(command)
             assert (await ask("query-statistics"))["members"] == 2
+            assert [device["name"] for device in await ask("query-vhost-user-devices")] == ["d"]
             assert (await ask("query-member", id=1))["image"]["spec"] == str(work / "disk1.raw")
             added = await ask("member-add", type="blk", image="ram:1MiB", queues=2)
             assert added == {"id": 3, "vhost-user": str(served.socket_path(3))}

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
+import struct
 import subprocess
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import trio
 
 from vhu_legacy import images, qemu_args
-from vhu_legacy.qemu_args import DiskArgs, Mode
+from vhu_legacy.qemu_args import FRONT_DEVICES, BackendArgs, DiskArgs, FrontArgs, Mode, RamFile
 
 DISK = DiskArgs(Path("/run/g/member-1.vhost-user.sock"), queues=4, queue_size=128, name="member-1")
 
@@ -128,6 +130,144 @@ def test_a_function_on_a_bus_of_its_own() -> None:
 def test_versions_without_vfio_user(version: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"has no vfio-user-pci; needed: 10\.1 or later.*10\.2.*DMA_READ"):
         qemu_args.command_line_vfio(SOCKET, version)
+
+
+# --- virtio-vhost-user --------------------------------------------------------------------------------------
+
+BACKEND = BackendArgs(Path("/run/g/device-0d.vhost-user.sock"), 8, "0d")
+FRONT = Path("/run/g/device-0d.front.sock")
+
+
+def pairs(argv: list[str]) -> dict[str, str]:
+    return dict(zip(argv[1:-1:2], argv[2:-1:2], strict=True))
+
+
+def test_the_backend_vm_over_vhost_user() -> None:
+    argv = qemu_args.command_line_backend(BACKEND, (11, 1), memory="512M")
+    options = pairs(argv)
+    # the device's rings are in the backend VM's memory
+    assert options["-object"] == "memory-backend-memfd,id=mem0,size=512M,share=on"
+    # an id must begin with a letter, and with reconnect-ms the device doesn't start
+    assert options["-chardev"] == "socket,id=vvu-0d-chr,path=/run/g/device-0d.vhost-user.sock"
+    assert options["-device"] == (
+        "vhost-user-test-device-pci,id=vvu-0d,chardev=vvu-0d-chr,virtio-id=32,num_vqs=19,config_size=24,vq_size=64"
+    )
+    assert shlex.split(qemu_args.shell_line(argv).replace("\\\n", " ")) == argv
+    most = qemu_args.backend_device(BackendArgs(BACKEND.socket, 126, "x"), (11, 1))
+    # QEMU names queues by 8 bits
+    assert "num_vqs=255," in most[-1]
+
+
+@pytest.mark.parametrize("version", [(7, 2), (10, 2), (11, 0)])
+def test_versions_without_shared_memory(version: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"no vhost-user device with shared memory; needed: 11\.1"):
+        qemu_args.command_line_backend(BACKEND, version)
+
+
+def test_the_backend_vm_over_vfio_user() -> None:
+    options = pairs(qemu_args.command_line_backend(BACKEND, (11, 1), via="vfio-user"))
+    assert json.loads(options["-device"]) == {
+        "driver": "vfio-user-pci",
+        "id": "vvu-0d",
+        "socket": {"type": "unix", "path": str(BACKEND.socket)},
+    }
+    assert "-chardev" not in options
+    with pytest.raises(ValueError, match="has no vfio-user-pci"):
+        qemu_args.command_line_backend(BACKEND, (10, 0), via="vfio-user")
+
+
+@pytest.mark.parametrize(
+    ("kind", "queues", "vrings", "device"),
+    [
+        ("blk", 3, 3, "vhost-user-blk-pci,id=vvu-0d,chardev=vvu-0d-chr,num-queues=3,MODE"),
+        ("scsi", 2, 4, "vhost-user-scsi-pci,id=vvu-0d,chardev=vvu-0d-chr,num_queues=2,MODE"),
+        ("net", 1, 2, "virtio-net-pci,id=vvu-0d,netdev=vvu-0d-net,MODE"),
+        ("net", 2, 4, "virtio-net-pci,id=vvu-0d,netdev=vvu-0d-net,mq=on,vectors=6,MODE"),
+        ("fs", 2, 3, "vhost-user-fs-pci,id=vvu-0d,chardev=vvu-0d-chr,num-request-queues=2,tag=a,,b"),
+        ("rng", 1, 1, "vhost-user-rng-pci,id=vvu-0d,chardev=vvu-0d-chr"),
+        ("snd", 1, 4, "vhost-user-snd-pci,id=vvu-0d,chardev=vvu-0d-chr"),
+    ],
+)
+def test_the_front_end_vm(kind: str, queues: int, vrings: int, device: str) -> None:
+    front = FrontArgs(FRONT, kind, "0d", queues, "a,b")
+    assert qemu_args.vrings_of(front) == vrings
+    options = pairs(qemu_args.command_line_front(front, "transitional", (11, 1), memory="2G"))
+    assert options["-object"] == "memory-backend-memfd,id=mem0,size=2G,share=on"
+    assert options["-device"] == device.replace("MODE", "disable-modern=off,disable-legacy=off")
+    # who doesn't wait for the connection doesn't start with it
+    reconnects = ",reconnect-ms=1000" if kind in ("blk", "scsi", "net") else ""
+    assert options["-chardev"] == f"socket,id=vvu-0d-chr,path={FRONT}{reconnects}"
+    assert ("-netdev" in options) is (kind == "net")
+    if kind == "net":
+        assert options["-netdev"] == f"vhost-user,id=vvu-0d-net,chardev=vvu-0d-chr,queues={queues}"
+
+
+def test_the_front_end_vm_of_older_versions() -> None:
+    def chardev(kind: str, version: tuple[int, int]) -> str:
+        return qemu_args.front_device(FrontArgs(FRONT, kind, "0d"), "legacy", version)[1]
+
+    assert chardev("blk", (7, 2)).endswith(",reconnect=1")
+    assert chardev("scsi", (7, 2)).endswith(".sock")
+    assert chardev("scsi", (10, 0)).endswith(",reconnect-ms=1000")
+
+
+def test_what_a_front_end_vm_cannot_have() -> None:
+    with pytest.raises(ValueError, match="vhost-user-fs-pci is modern only"):
+        qemu_args.front_device(FrontArgs(FRONT, "fs", "0d"), "legacy", (11, 1))
+    with pytest.raises(ValueError, match="vhost-user-rng-pci has no choice of queues"):
+        qemu_args.front_device(FrontArgs(FRONT, "rng", "0d", 2), "modern", (11, 1))
+    # it passes a socket on, which the slave can't have
+    assert "gpu" not in FRONT_DEVICES
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(3 << 30, "3G"), (1 << 40, "1024G"), (1536 << 20, "1536M"), (1 << 20, "1M"), (4096, "4K")]
+)
+def test_the_front_end_vms_memory_is_the_ram_file(size: int, text: str) -> None:
+    ram = RamFile(Path("/dev/shm/a,b"), size)
+    argv = qemu_args.command_line_front(FrontArgs(FRONT, "blk", "0d"), ram=ram, memory="64M")
+    options = pairs(argv)
+    assert options["-m"] == text
+    assert options["-object"] == f"memory-backend-file,id=mem0,size={text},mem-path=/dev/shm/a,,b,share=on"
+    assert "memory-backend=mem0" in options["-machine"]
+
+
+def first_message(argv: list[str], env: dict[str, str], path: Path) -> tuple[bytes, str]:
+    """What a QEMU says first to who listens at `path`, and what it complains of."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        listener.settimeout(30)
+        with subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
+        ) as process:
+            try:
+                with listener.accept()[0] as connection:
+                    connection.settimeout(30)
+                    message = connection.recv(12)
+            finally:
+                process.kill()
+            assert process.stderr is not None
+            return message, process.stderr.read()
+
+
+@pytest.mark.guest
+@pytest.mark.parametrize("kind", FRONT_DEVICES)
+async def test_qemu_is_a_master(tmp_path: Path, kind: str) -> None:
+    """It has understood the options, waits for its back end, and begins to ask."""
+    await images.ensure([], ["11.1"])
+    qemu = images.qemu_command("11.1")
+    path = tmp_path / "front.sock"
+    front = FrontArgs(path, kind, "0d", 2 if FRONT_DEVICES[kind].queues else 1, "a,b")
+    ram = RamFile(tmp_path / "ram", 64 << 20)
+    argv = qemu_args.command_line_front(front, "transitional", qemu.series, ram=ram, binary=qemu.argv)
+    environment = {**os.environ, **qemu.env}
+    message, complaint = await trio.to_thread.run_sync(first_message, [*argv, "-S"], environment, path)
+    assert len(message) == 12, complaint
+    # GET_FEATURES
+    assert struct.unpack("<III", message) == (1, 1, 0)
+    # a netdev is there before the machine's memory
+    assert kind == "net" or ram.path.stat().st_size == ram.size
 
 
 @pytest.mark.guest

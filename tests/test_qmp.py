@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import socket
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ import trio
 import trio_asyncio  # type: ignore[import-untyped]
 from qemu.qmp import ExecuteError, QMPClient
 
-from vhu_legacy import qmp
+from vhu_legacy import _native, qmp
+from vhu_legacy.client import connect
+from vhu_legacy.config import VhostUserDeviceConfig
+from vhu_legacy.group import GroupEvent
+from vhu_legacy.group_qmp import VHOST_USER_DEVICE, kebab, make_registry, serve_qmp
 from vhu_legacy.qmp import (
     ANY,
     BOOL,
@@ -41,6 +46,7 @@ from vhu_legacy.qmp import (
     nullable,
     parse_json,
 )
+from vhu_legacy.vvu_view import describe, request_name
 
 QMP_SHELL = Path(sys.executable).with_name("qmp-shell")
 
@@ -600,3 +606,179 @@ async def test_stock_qmp_shell(toy: Toy, tmp_path: Path) -> None:
     assert '"package": "toy 1.2.3"' in output
     assert "it can't be done" in output
     assert "Invalid parameter type for 'id', expected: integer" in output
+
+
+# --- virtio-vhost-user devices ------------------------------------------------------------------------------
+
+UUID = bytes(range(16))
+NOWHERE = {
+    "sockets": {"vhost_user": "/run/a.sock", "vfio_user": None, "front": "/run/f.sock"},
+    "state": "waiting",
+    "carrier": None,
+    "peer_pid": None,
+    "master_pid": None,
+    "broken": None,
+}
+CONNECTED = {
+    "sockets": {"vhost_user": "/run/a.sock", "vfio_user": "/run/b.sock", "front": "/run/f.sock"},
+    "state": "connected",
+    "carrier": "vfio-user",
+    "peer_pid": 1,
+    "master_pid": 2,
+    "broken": {"rule": "config.status", "reason": "status 0x4", "queue": None},
+}
+
+
+@pytest.fixture
+def pool() -> Iterator[_native.Pool]:
+    pool = _native.Pool(1)
+    yield pool
+    pool.close()
+
+
+def native_info(pool: _native.Pool, max_queues: int) -> dict[str, Any]:
+    """What the native half says of a device that nobody drives."""
+    device = _native.VhostUserDevice(
+        pool, 1 << 20, max_queues=max_queues, uuid=bytes(16), shared_memory=1 << 20, vectors=0
+    )
+    info = device.info()
+    device.member.close()
+    return info
+
+
+def busy_info(pool: _native.Pool) -> dict[str, Any]:
+    """The same of one in the middle of a session: every value that can be null is none."""
+    info = native_info(pool, 2)
+    bits = {"value": 1 << 30, "names": ["BIT_30"]}
+    region = {"guest_address": 0, "size": 4096, "mmap_offset": 8192, "offset": 0, "log": False}
+    changes = {
+        "status": 3,
+        "ready": True,
+        "resets": 1,
+        "features_offered": bits,
+        "features_accepted": bits,
+        "protocol_slave": {"value": 0x3, "names": ["MQ", "LOG_SHMFD"]},
+        "protocol_offered": {"value": 0x2, "names": ["LOG_SHMFD"]},
+        "protocol_accepted": {"value": 0x0, "names": []},
+        "has_channel": True,
+        "memory": [region, {**region, "log": True, "offset": 4096}],
+        "waiting": 1,
+        "last_message": {"from": "slave", "request": 24, "flags": 5, "size": 72},
+        "last_error": {"rule": "vring.index", "reason": "queue 9", "queue": 9},
+        "log_rings": 3,
+        "log_rings_ignored": 2,
+    }
+    # a key that the native half doesn't have would say nothing
+    assert changes.keys() <= info.keys()
+    info |= changes
+    info["queues"][1]["calls"] = 7
+    return info
+
+
+def test_a_device_is_described_as_its_type_has_it(pool: _native.Pool, tmp_path: Path) -> None:
+    idle = describe(VhostUserDeviceConfig("d", 3), native_info(pool, 3), NOWHERE)
+    VHOST_USER_DEVICE.check(kebab(idle), "idle")
+    assert (idle["uuid"], idle["ram_file"], idle["ram_size"], idle["last_message"]) == (None, None, None, None)
+    assert idle["slave"] == idle["master"] == {"features": None, "protocol_features": None}
+    assert [queue["call_doorbell"] for queue in idle["queues"]] == [2, 4, 6]
+    assert [queue["err_doorbell"] for queue in idle["queues"]] == [3, 5, 7]
+    assert idle["log"] == {"doorbell": 8, "rings": 0, "rings_ignored": 0}
+
+    ram = tmp_path / "ram"
+    config = VhostUserDeviceConfig("e", 2, UUID, 1 << 30, True, ram_file=ram, ram_size=4096)
+    busy = describe(config, busy_info(pool), CONNECTED)
+    VHOST_USER_DEVICE.check(kebab(busy), "busy")
+    json.dumps(busy)
+    assert busy["uuid"] == "00010203-0405-0607-0809-0a0b0c0d0e0f"
+    assert (busy["ram_file"], busy["ram_size"]) == (str(ram), 4096)
+    assert busy["status"] == {"value": 3, "names": ["SLAVE_UP", "MASTER_UP"]}
+    assert busy["slave"]["protocol_features"]["names"] == ["MQ", "LOG_SHMFD"]
+    assert busy["passed_on"]["names"] == ["LOG_SHMFD"]
+    assert busy["master"]["protocol_features"]["names"] == []
+    assert busy["last_message"] == {
+        "from": "slave",
+        "request": 24,
+        "name": "GET_CONFIG",
+        "reply": True,
+        "flags": 5,
+        "size": 72,
+    }
+    assert busy["queues"][1]["calls"] == 7
+
+
+@pytest.mark.parametrize(
+    ("sender", "request_", "flags", "name"),
+    [
+        ("master", 1, 1, "GET_FEATURES"),
+        ("slave", 1, 5, "GET_FEATURES"),
+        ("slave", 2, 1, "CONFIG_CHANGE_MSG"),
+        ("slave", 2, 9, "CONFIG_CHANGE_MSG"),
+        ("master", 2, 5, "CONFIG_CHANGE_MSG"),
+        ("master", 44, 1, "GET_SHMEM_CONFIG"),
+        ("master", 45, 1, None),
+        ("slave", 0xFFFFFFFF, 1, None),
+        ("slave", 0xFFFFFFFF, 0xFFFFFFFF, None),
+    ],
+)
+def test_requests_have_names_by_who_asked(sender: str, request_: int, flags: int, name: str | None) -> None:
+    assert request_name(sender, request_, flags) == name
+
+
+def test_every_rule_of_devices_is_described() -> None:
+    root = Path(__file__).parent.parent
+    described = (root / "docs" / "VIRTIO-VHOST-USER.md").read_text()
+    sources = list((root / "rust" / "core" / "src" / "vvu").glob("*.rs"))
+    rules = {rule for source in sources for rule in re.findall(r'Fault::new\(\s*"([a-z.-]+)"', source.read_text())}
+    assert {"config.status", "rxq.size", "vring.index", "shared-memory.order"} <= rules
+    assert [rule for rule in sorted(rules) if f"`{rule}`" not in described] == []
+
+
+class Devices:
+    """A group of nothing but virtio-vhost-user devices."""
+
+    qmp: QMPServer | None = None
+    qmp_fd: int | None = None
+    left = False
+
+    def __init__(self, directory: Path, devices: list[dict[str, Any]]) -> None:
+        self.qmp_path = directory / "qmp.sock"
+        self.devices = devices
+        self.tell: Callable[[GroupEvent], None] = lambda event: None
+
+    def subscribe(self, tell: Callable[[GroupEvent], None]) -> Callable[[], None]:
+        self.tell = tell
+        return lambda: None
+
+    def query_vhost_user_devices(self) -> list[dict[str, Any]]:
+        return self.devices
+
+
+async def test_devices_and_their_events_over_qmp(tmp_path: Path, pool: _native.Pool) -> None:
+    devices = [
+        describe(VhostUserDeviceConfig("d", 3), native_info(pool, 3), NOWHERE),
+        describe(VhostUserDeviceConfig("e", 2, UUID), busy_info(pool), CONNECTED),
+    ]
+    group = Devices(tmp_path, devices)
+    sent: list[tuple[str, dict[str, Any], str]] = [
+        ("slave-up", {}, "SLAVE_UP"),
+        ("master-up", {"peer_pid": 4711}, "MASTER_UP"),
+        ("master-up", {"peer_pid": None}, "MASTER_UP"),
+        ("master-down", {"reason": "closed by the master"}, "MASTER_DOWN"),
+        ("slave-down", {"reason": "its driver said so"}, "SLAVE_DOWN"),
+        ("device-broken", {"rule": "rxq.size", "reason": "too small", "queue": 0}, "VHOST_USER_DEVICE_BROKEN"),
+        ("device-broken", {"rule": "config.status", "reason": "0x4", "queue": None}, "VHOST_USER_DEVICE_BROKEN"),
+    ]
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_qmp, group)
+            async with connect(tmp_path) as client, client.events() as feed:
+                assert await client.query_vhost_user_devices() == kebab(devices)
+                for kind, data, _ in sent:
+                    # the number is that of native events, and nobody's business
+                    group.tell(GroupEvent(kind, 1 << 20, {"name": "d", **data}))
+                types = make_registry(None).events  # type: ignore[arg-type]
+                for _, data, name in sent:
+                    event = await anext(feed)
+                    assert (event["event"], event["data"]) == (name, {"name": "d", **kebab(data)})
+                    types[name].check(event["data"], name)
+            nursery.cancel_scope.cancel()

@@ -51,6 +51,8 @@ OWNER: Final = 0
 """The owner's number among the devices of a group."""
 ALL: Final = -1
 LOG_QUEUE: Final = 1000
+DEFAULT_MEMORY: Final = "1G"
+"""Guest memory in what `qemu-args` prints."""
 END_OF_LOG: Final = logging.makeLogRecord({})
 
 
@@ -582,7 +584,7 @@ def ready_line(group: Any) -> dict[str, Any]:
         if member["functions"]:
             entry["vfio_user"] = {function["function"]: function["socket"] for function in member["functions"]}
         members.append(entry)
-    line = {
+    line: dict[str, Any] = {
         "event": "ready",
         "name": group.name,
         "run_dir": str(group.run_dir),
@@ -592,13 +594,20 @@ def ready_line(group: Any) -> dict[str, Any]:
     function = group.query_owner()["function"]
     if function is not None:
         line["owner"] = {"vfio_user": function["socket"]}
+    if group.config.vhost_user_devices:
+        devices = group.query_vhost_user_devices()
+        line["vhost_user_devices"] = [{"name": device["name"], **device["sockets"]} for device in devices]
     return line
 
 
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--python", help="The Python interpreter that has the new version [default: the one running this].")
-@click.option("--force", is_flag=True, help="Drop the clients of PCI functions, which can't be handed over.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Drop who can't be handed over: clients of PCI functions, and VMs on both sides of virtio-vhost-user devices.",
+)
 @json_option
 def upgrade(run_dir: Path, python: str | None, force: bool, as_json: bool) -> None:
     """Replace the process that serves the group of RUN_DIR by a new one, while guests go on.
@@ -638,7 +647,7 @@ def validate(file: Path, as_json: bool) -> None:
                 "valid": result.config is not None,
                 "problems": [problem.as_dict() for problem in result.problems],
                 "warnings": [warning.as_dict() for warning in result.warnings],
-                "group": result.config,
+                "group": None if result.config is None else config_values(result.config),
             }
         )
     else:
@@ -649,9 +658,19 @@ def validate(file: Path, as_json: bool) -> None:
         if result.config is not None:
             config = result.config
             owner = "" if config.owner is None else f"{owner_text(config.owner)}, "
-            click.echo(f"{file}: group {config.name}, {owner}{len(config.members)} members: ok")
+            count = len(config.vhost_user_devices)
+            devices = f", {count} virtio-vhost-user device{'s' if count > 1 else ''}" if count else ""
+            click.echo(f"{file}: group {config.name}, {owner}{len(config.members)} members{devices}: ok")
     if result.config is None:
         raise click.exceptions.Exit(1)
+
+
+def config_values(config: GroupConfig) -> dict[str, Any]:
+    """A group's configuration as JSON has it."""
+    values = asdict(config)
+    for entry, device in zip(values["vhost_user_devices"], config.vhost_user_devices, strict=True):
+        entry["uuid"] = device.uuid_text
+    return values
 
 
 def owner_text(owner: OwnerConfig) -> str:
@@ -936,6 +955,155 @@ def qemu_table(member: dict[str, Any]) -> Table:
 
 
 @main.command()
+@click.argument("name", required=False)
+@group_options
+@json_option
+def devices(name: str | None, group_name: str | None, run_dir: Path | None, as_json: bool) -> None:
+    """List the virtio-vhost-user devices of a running group, or show everything about the one of this NAME."""
+    answer = ask_group(group_name, run_dir, lambda client: client.query_vhost_user_devices())
+    if name is not None:
+        answer = [find_device(answer, name)]
+    if as_json:
+        print_json(answer if name is None else answer[0])
+        return
+    console = stdout_console()
+    if name is None:
+        console.print(devices_table(answer))
+        return
+    (device,) = answer
+    facts = new_table("device", device["name"])
+    for key, value in vvu_facts(device):
+        facts.add_row(key, value)
+    console.print(facts)
+    console.print(bells_table(device))
+    if device["memory"]:
+        console.print(memory_table(device["memory"]))
+
+
+def find_device(found: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The virtio-vhost-user device of this name. Raises GroupError, which says what there is."""
+    for device in found:
+        if device["name"] == name:
+            return device
+    names = ", ".join(device["name"] for device in found)
+    raise GroupError(
+        f"there is no virtio-vhost-user device {name!r}; {f'there is: {names}' if names else 'there is none'}"
+    )
+
+
+def devices_table(found: list[dict[str, Any]]) -> Table:
+    """Virtio-vhost-user devices, a row each."""
+    table = new_table(
+        "device",
+        "state",
+        "carrier",
+        "backend",
+        "master",
+        "queues>",
+        "regions>",
+        "from master>",
+        "from slave>",
+        "socket",
+    )
+    for device in found:
+        messages = device["messages"]
+        table.add_row(
+            device["name"],
+            vvu_state(device),
+            device["carrier"] or "-",
+            _pid_text(device["peer-pid"]),
+            _pid_text(device["master-pid"]),
+            str(device["max-queues"]),
+            str(len(device["memory"])),
+            str(messages["from-master"]),
+            str(messages["from-slave"]),
+            device["sockets"]["front"],
+        )
+    return table
+
+
+def vvu_state(device: dict[str, Any]) -> str:
+    return str(device["state"]) if device["broken"] is None else f"broken: {device['broken']['rule']}"
+
+
+def _pid_text(pid: int | None) -> str:
+    return "-" if pid is None else f"pid {pid}"
+
+
+def vvu_facts(device: dict[str, Any]) -> list[tuple[str, str]]:
+    """The single values that `devices NAME` prints."""
+    last = device["last-message"]
+    if last is not None:
+        what = last["name"] or f"request {last['request']}"
+        reply = "reply to " if last["reply"] else ""
+        last = f"{reply}{what} of the {last['from']}, {last['size']} bytes"
+    ram = device["ram-file"]
+    facts = [
+        ("state", vvu_state(device)),
+        ("status", bits_text(device["status"])),
+        ("carrier", device["carrier"] or "-"),
+        ("backend VM", _pid_text(device["peer-pid"])),
+        ("master", _pid_text(device["master-pid"])),
+        *((f"{kind} socket", path or "-") for kind, path in device["sockets"].items()),
+        ("uuid", device["uuid"] or "-"),
+        ("queues", str(device["max-queues"])),
+        ("shared memory", size_text(device["shared-memory"])),
+        ("RAM file", "-" if ram is None else f"{ram}, {size_text(device['ram-size'])}"),
+        ("slave's features", known_bits(device["slave"]["features"])),
+        ("master's features", known_bits(device["master"]["features"])),
+        ("slave's protocol features", known_bits(device["slave"]["protocol-features"])),
+        ("of these passed on", known_bits(device["passed-on"])),
+        ("master's protocol features", known_bits(device["master"]["protocol-features"])),
+        ("requests of the slave", "possible" if device["slave-channel"] else "discarded"),
+        ("messages", pairs_text(device["messages"])),
+        ("waiting for the slave", str(device["waiting"])),
+        ("last message", last or "-"),
+        ("resets", str(device["resets"])),
+    ]
+    for key in ("broken", "last-error"):
+        if device[key] is not None:
+            facts.append((key.replace("-", " "), f"{device[key]['rule']}: {device[key]['reason']}"))
+    return facts
+
+
+def known_bits(bits: dict[str, Any] | None) -> str:
+    return "-" if bits is None else bits_text(bits)
+
+
+BELL_KEYS: Final = (
+    "index",
+    "call-doorbell",
+    "kicks",
+    "kicks-ignored",
+    "calls",
+    "calls-ignored",
+    "err-doorbell",
+    "errs",
+    "errs-ignored",
+)
+
+
+def bells_table(device: dict[str, Any]) -> Table:
+    """Notifications between the two virtual machines; "ignored" are those that nobody was there for."""
+    table = new_table("queue>", "index>", "kicks>", "ignored>", "calls>", "ignored>", "index>", "errs>", "ignored>")
+    for queue in device["queues"]:
+        table.add_row(*(str(queue[key]) for key in BELL_KEYS))
+    log_bell = device["log"]
+    table.add_row("log", str(log_bell["doorbell"]), "", "", str(log_bell["rings"]), str(log_bell["rings-ignored"]))
+    return table
+
+
+def memory_table(regions: list[dict[str, Any]]) -> Table:
+    """What shared memory shows."""
+    table = new_table("memory", "offset>", "size>", "guest address>", "in its file>")
+    for region in regions:
+        guest = "-" if region["log"] else f"0x{region['guest-address']:x}"
+        numbers = (f"0x{region['offset']:x}", f"0x{region['size']:x}", guest, f"0x{region['mmap-offset']:x}")
+        table.add_row("log" if region["log"] else "region", *numbers)
+    return table
+
+
+@main.command()
 @group_options
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Seconds.")
 @json_option
@@ -1008,8 +1176,8 @@ def event_text(event: dict[str, Any]) -> str:
     if event["event"] == "REGISTER_ACCESS":
         # `trace --follow` shows them one by one
         data["entries"] = len(data["entries"])
-    member = data.pop("id", None)
-    who = "" if member is None else f"member {member}: "
+    member, device = data.pop("id", None), data.pop("name", None)
+    who = f"member {member}: " if member is not None else f"device {device}: " if device is not None else ""
     return f"{clock} {who}{event['event']} {pairs_text(data)}".rstrip()
 
 
@@ -1416,31 +1584,71 @@ def conformance(owner: Path, members: tuple[tuple[int, Path], ...], only: tuple[
 
 
 @main.command(name="qemu-args")
-@device_argument
+@click.argument("member", type=DeviceId(), metavar="[MEMBER|owner]", required=False)
 @group_options
+@click.option("--backend", metavar="NAME", help="The backend VM of this virtio-vhost-user device, instead of a MEMBER.")
+@click.option("--front", metavar="NAME", help="The front end VM of this virtio-vhost-user device, instead of a MEMBER.")
+@click.option(
+    "--device", "kind", type=click.Choice(tuple(qemu_args.FRONT_DEVICES)), help="With --front  [default: blk]."
+)
+@click.option("--queues", type=click.IntRange(1, 126), help="With --front  [default: 1].")
+@click.option("--tag", help="With --device fs: what the guest mounts  [default: NAME].")
 @click.option("--legacy", "mode", flag_value="legacy", help="Legacy only: what an old guest needs.")
 @click.option("--transitional", "mode", flag_value="transitional", default="transitional", help="Both (default).")
 @click.option("--modern", "mode", flag_value="modern", help="Modern only.")
 @click.option("--via", type=click.Choice(("vhost-user", "vfio-user")), default="vhost-user", show_default=True)
 @click.option("--qemu", "version", type=QemuVersion(), help="QEMU's version  [default: the installed one's].")
-@click.option("--memory", default="1G", show_default=True, help="Guest memory.")
+@click.option("--memory", help="Guest memory  [default: 1G; with --front, the device's RAM file, if it has one].")
 @json_option
 def qemu_args_command(
-    member: int,
+    member: int | None,
     group_name: str | None,
     run_dir: Path | None,
+    backend: str | None,
+    front: str | None,
+    kind: str | None,
+    queues: int | None,
+    tag: str | None,
     mode: qemu_args.Mode,
     via: Via,
     version: str | None,
-    memory: str,
+    memory: str | None,
     as_json: bool,
 ) -> None:
     """Print a QEMU command line that boots from MEMBER of a running group, for pasting.
 
     Over vfio-user the guest gets a whole PCI function of the member: the legacy, transitional or modern one. The owner
     has one, too, with its administration virtqueues.
+
+    With --backend or --front it is that of the VM on this side of a virtio-vhost-user device, without anything to boot
+    from: --backend is the VM that serves (QEMU 11.1; over vhost-user or vfio-user), --front the one that is served.
     """
+    if [member, backend, front].count(None) != 2:
+        raise click.UsageError("one of MEMBER, --backend NAME and --front NAME is needed")
+    if front is None and (kind, queues, tag) != (None, None, None):
+        raise click.UsageError("--device, --queues and --tag are for --front")
+    if tag is not None and kind != "fs":
+        raise click.UsageError("--tag is for --device fs")
+    if front is not None and via == "vfio-user":
+        raise click.UsageError("--via is for the other side: a front end VM's device is always a vhost-user one")
     chosen = qemu_args.parse_version(version) if version is not None else installed_version()
+    if member is None:
+        name = backend or front or ""
+        device = find_device(ask_group(group_name, run_dir, lambda client: client.query_vhost_user_devices()), name)
+        try:
+            if backend is not None:
+                argv = _backend_line(device, via, chosen, memory)
+            else:
+                argv = _front_line(device, kind or "blk", queues or 1, tag or name, mode, chosen, memory)
+        except ValueError as error:
+            raise GroupError(str(error)) from None
+        if as_json:
+            side = "front" if backend is None else "backend"
+            print_json({"argv": argv, "device": name, "side": side, "via": via, "qemu": "{}.{}".format(*chosen)})
+        else:
+            click.echo(qemu_args.shell_line(argv))
+        return
+    memory = memory or DEFAULT_MEMORY
     if member == OWNER:
         owner = ask_group(group_name, run_dir, lambda client: client.query_owner())
         if owner["function"] is None:
@@ -1456,14 +1664,47 @@ def qemu_args_command(
         if via == "vfio-user":
             argv = _vfio_line(_function_socket(info, mode), chosen, memory, f"member-{member}")
         else:
-            queues = info["queues"]
-            disk = qemu_args.DiskArgs(Path(info["vhost-user"]), len(queues), queues[0]["max-size"], f"member-{member}")
+            rings = info["queues"]
+            disk = qemu_args.DiskArgs(Path(info["vhost-user"]), len(rings), rings[0]["max-size"], f"member-{member}")
             argv = qemu_args.command_line(disk, mode, chosen, memory=memory)
     if as_json:
         who = "owner" if member == OWNER else member
         print_json({"argv": argv, "member": who, "mode": mode, "via": via, "qemu": "{}.{}".format(*chosen)})
     else:
         click.echo(qemu_args.shell_line(argv))
+
+
+def _backend_line(device: dict[str, Any], via: Via, version: tuple[int, int], memory: str | None) -> list[str]:
+    path = device["sockets"][via]
+    if path is None:
+        hint = "its table in the group file needs vfio_user = true, or use --via vhost-user"
+        raise GroupError(f"device {device['name']} isn't served over vfio-user; {hint}")
+    args = qemu_args.BackendArgs(Path(path), device["max-queues"], device["name"])
+    return qemu_args.command_line_backend(args, version, via=via, memory=memory or DEFAULT_MEMORY)
+
+
+def _front_line(
+    device: dict[str, Any],
+    kind: str,
+    queues: int,
+    tag: str,
+    mode: qemu_args.Mode,
+    version: tuple[int, int],
+    memory: str | None,
+) -> list[str]:
+    args = qemu_args.FrontArgs(Path(device["sockets"]["front"]), kind, device["name"], queues, tag)
+    needed = qemu_args.vrings_of(args)
+    if needed > device["max-queues"]:
+        raise GroupError(
+            f"a {kind} device with these queues needs {needed} of device {device['name']}, which has "
+            f"max_queues = {device['max-queues']}"
+        )
+    ram = None
+    if device["ram-file"] is not None:
+        if memory is not None:
+            raise GroupError(f"device {device['name']} has a RAM file, which is all of the memory; leave out --memory")
+        ram = qemu_args.RamFile(Path(device["ram-file"]), device["ram-size"])
+    return qemu_args.command_line_front(args, mode, version, memory=memory or DEFAULT_MEMORY, ram=ram)
 
 
 def _function_socket(member: dict[str, Any], mode: qemu_args.Mode) -> str:

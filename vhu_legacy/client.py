@@ -148,6 +148,11 @@ class GroupClient:
         answer: dict[str, Any] = await self.execute("query-member", arguments)
         return answer
 
+    async def query_vhost_user_devices(self) -> list[dict[str, Any]]:
+        """Everything about each virtio-vhost-user device."""
+        answer: list[dict[str, Any]] = await self.execute("query-vhost-user-devices")
+        return answer
+
     async def query_statistics(self) -> dict[str, Any]:
         """Counters of the group."""
         answer: dict[str, Any] = await self.execute("query-statistics")

@@ -18,12 +18,13 @@ import re
 import stat
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from .errors import ConfigError, Problem
-from .rundir import SUN_PATH, default_run_dir, function_socket_name, socket_name, too_long
+from .rundir import SUN_PATH, default_run_dir, device_socket_name, function_socket_name, socket_name, too_long
 
 __all__ = [
     "MAX_MEMBERS",
@@ -34,6 +35,7 @@ __all__ = [
     "GroupConfig",
     "MemberConfig",
     "OwnerConfig",
+    "VhostUserDeviceConfig",
     "check",
     "image_identity",
     "is_serial",
@@ -62,12 +64,24 @@ MAX_VECTORS: Final = 2048
 MAX_POLL_US: Final = 1000
 MAX_FILE: Final = 4 * 1024 * 1024
 MAX_IMAGE: Final = 1 << 62
+MAX_VHOST_QUEUES: Final = 126
+"""QEMU names at most 256 virtqueues in its messages, and a device with N vhost-user queues has 2N + 3."""
+MIN_SHARED_MEMORY: Final = 1 << 20
+MAX_SHARED_MEMORY: Final = 1 << 40
+"""The largest region that was tried behind QEMU."""
+DEFAULT_SHARED_MEMORY: Final = 4 << 30
+PAGE: Final = 4096
 REPORTED_PER_TABLE: Final = 5
 """A wrong `image` pattern with `count = 1000` is one mistake, not a thousand lines."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SIZE = re.compile(r"(\d{1,20}) ?(B|KiB|MiB|GiB|TiB|K|M|G|T)?")
 _UNITS: Final = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_UUID = re.compile("-".join(f"[0-9A-Fa-f]{{{digits}}}" for digits in (8, 4, 4, 4, 12)))
+_NAME_ALLOWED: Final = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+_UUID_ALLOWED: Final = 'a UUID such as "6ba7b810-9dad-11d1-80b4-00c04fd430c8"'
+_SHARED_MEMORY_ALLOWED: Final = 'a power of two from "1MiB" to "1TiB"'
+_RAM_FILE_ALLOWED: Final = "a file, or where one can be made, in a directory that is there; relative to the group file"
 _SIZE_ALLOWED: Final = 'a size such as "64MiB", "1GiB" or a number of bytes'
 _SERIAL_ALLOWED: Final = f"up to {SERIAL_BYTES} printable ASCII characters"
 _IMAGE_ALLOWED: Final = 'a path relative to the group file, "ram:SIZE" or "null:SIZE"'
@@ -140,7 +154,7 @@ class VhostUserDeviceConfig:
     """max_vhost_queues: queues that the device in the front end's VM can have, 1 to 126."""
     uuid: bytes = bytes(16)
     """16 bytes, all 0 for none."""
-    shared_memory: int = 4 << 30
+    shared_memory: int = DEFAULT_SHARED_MEMORY
     """Bytes of its shared memory region, a power of two: all of the front end VM's memory, and a log, must fit."""
     vfio_user: bool = False
     """Serve it as a PCI function, too."""
@@ -156,6 +170,14 @@ class VhostUserDeviceConfig:
     def vector_count(self) -> int:
         """MSI-X vectors, the default worked out."""
         return self.max_queues + 3 if self.vectors is None else self.vectors
+
+    @property
+    def uuid_text(self) -> str | None:
+        """The UUID as it is written; None for none."""
+        if not any(self.uuid):
+            return None
+        digits = self.uuid.hex()
+        return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,7 +397,18 @@ _MEMBER_KEYS: Final = (
     "vfio_user",
     "poll_us",
 )
-_TABLES: Final = ("group", "owner", "members")
+_DEVICE_KEYS: Final = (
+    "name",
+    "max_queues",
+    "uuid",
+    "shared_memory",
+    "vfio_user",
+    "vectors",
+    "ram_file",
+    "ram_size",
+)
+_TABLES: Final = ("group", "owner", "members", "vhost_user_devices")
+_TABLES_ALLOWED: Final = "[group], [owner], [[members]], [[vhost_user_devices]]"
 
 
 class _Table:
@@ -428,12 +461,36 @@ class _Table:
             return default
         return value
 
+    def size(self, key: str, allowed: str, fits: Callable[[int], bool]) -> int | None:
+        """Bytes, as a size in words or as a number; None when there are none, or they don't fit."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        size = value if isinstance(value, int) and not isinstance(value, bool) else None
+        if isinstance(value, str):
+            with suppress(ValueError):
+                size = parse_size(value)
+        if size is None or not fits(size):
+            self.problem(key, f"found {_show(value)}", allowed)
+            return None
+        return size
+
     def one_of(self, key: str, default: int, choices: Sequence[int]) -> int:
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value not in choices:
             self.problem(key, f"found {_show(value)}", _or_list(choices))
             return default
         return value
+
+    def name_of(self) -> str | None:
+        """What becomes part of a socket's path."""
+        name = self.string("name", _NAME_ALLOWED)
+        if "name" not in self.values:
+            self.missing("name", _NAME_ALLOWED)
+        elif name is not None and _NAME.fullmatch(name) is None:
+            self.problem("name", f"found {_show(name)}", _NAME_ALLOWED)
+            return None
+        return name
 
     def member_type(self) -> str | None:
         allowed = _or_list([f'"{name}"' for name in MEMBER_TYPES])
@@ -486,11 +543,12 @@ class _Checker:
             if key not in _TABLES:
                 kind = f"[{key}]" if isinstance(document[key], (dict, list)) else key
                 hint = _did_you_mean(key, _TABLES)
-                self.problem(None, None, f"unknown table or key {kind}{hint}", "[group], [owner], [[members]]")
+                self.problem(None, None, f"unknown table or key {kind}{hint}", _TABLES_ALLOWED)
         self._unused = self._ask_unused(document.get("group"), base)
         owner = self._owner(document.get("owner"), base)
         members = tuple(self._members(document.get("members"), base))
-        return self._group(document.get("group"), base, owner, members)
+        devices = tuple(self._devices(document.get("vhost_user_devices"), base))
+        return self._group(document.get("group"), base, owner, members, devices)
 
     def _ask_unused(self, group: object, base: Path) -> Collection[int]:
         """What `unused_images` says; nothing when the table is so wrong that it can't be asked."""
@@ -544,20 +602,19 @@ class _Checker:
         return None
 
     def _group(
-        self, values: object, base: Path, owner: OwnerConfig | None, members: tuple[MemberConfig, ...]
+        self,
+        values: object,
+        base: Path,
+        owner: OwnerConfig | None,
+        members: tuple[MemberConfig, ...],
+        devices: tuple[VhostUserDeviceConfig, ...],
     ) -> GroupConfig | None:
         if not isinstance(values, dict):
             found = "missing" if values is None else f"found {_show(values)}"
             self.problem("[group]", None, found, "one [group] table with at least a name")
             return None
         table = _Table(self, "[group]", values, _GROUP_KEYS)
-        allowed = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
-        name = table.string("name", allowed)
-        if "name" not in values:
-            table.missing("name", allowed)
-        elif name is not None and _NAME.fullmatch(name) is None:
-            table.problem("name", f"found {_show(name)}", allowed)
-            name = None
+        name = table.name_of()
         run_dir = table.string("run_dir", "a directory")
         if run_dir == "":
             table.problem("run_dir", 'found ""', "a directory")
@@ -572,13 +629,16 @@ class _Checker:
             return None
         where = default_run_dir(name) if directory is None else directory
         longest = max(
-            (where / text for text in _socket_names(owner, members, max(self._ids, default=1))),
+            (where / text for text in _socket_names(owner, members, devices, max(self._ids, default=1))),
             key=lambda path: len(os.fsencode(path)),
         )
         if too_long(longest):
             key = "name" if directory is None else "run_dir"
             table.problem(key, f"{longest} is too long for a Unix socket", f"paths of at most {SUN_PATH - 1} bytes")
-        if not members and not any(problem.table and "members" in problem.table for problem in self.problems):
+        named = ("members", "vhost_user_devices")
+        if not (members or devices) and not any(
+            problem.table and any(text in problem.table for text in named) for problem in self.problems
+        ):
             self.warnings.append(
                 Problem(
                     self.path,
@@ -599,6 +659,7 @@ class _Checker:
             members,
             notify_region,
             compat,
+            devices,
         )
 
     def _compat(self, group: _Table, strict: bool) -> CompatConfig:
@@ -776,6 +837,116 @@ class _Checker:
                 "image", f"{failed - REPORTED_PER_TABLE} more members of this table have such a problem", None
             )
 
+    def _devices(self, values: object, base: Path) -> Iterator[VhostUserDeviceConfig]:
+        if values is None:
+            return
+        if isinstance(values, dict):
+            wanted = "[[vhost_user_devices]], with two brackets: a list of tables"
+            self.problem("[vhost_user_devices]", None, "found one table", wanted)
+            return
+        if not isinstance(values, list):
+            wanted = "[[vhost_user_devices]], a list of tables"
+            self.problem("vhost_user_devices", None, f"found {_show(values)}", wanted)
+            return
+        names: dict[str, str] = {}
+        uuids: dict[bytes, str] = {}
+        for number, entry in enumerate(values, 1):
+            where = f"[[vhost_user_devices]] #{number}"
+            if not isinstance(entry, dict):
+                self.problem(where, None, f"found {_show(entry)}", "a table")
+                continue
+            table = _Table(self, where, entry, _DEVICE_KEYS)
+            device = self._device(table, base)
+            if device.name and names.setdefault(device.name, where) != where:
+                table.problem(
+                    "name", f"{_show(device.name)} is already taken by {names[device.name]}", "one of its own"
+                )
+            if any(device.uuid) and uuids.setdefault(device.uuid, where) != where:
+                table.problem("uuid", f"{device.uuid_text} is already taken by {uuids[device.uuid]}", "one of its own")
+            yield device
+
+    def _device(self, table: _Table, base: Path) -> VhostUserDeviceConfig:
+        """One virtio-vhost-user device. Problems go to the table; a device is still produced."""
+        name = table.name_of()
+        max_queues = table.integer("max_queues", 8, 1, MAX_VHOST_QUEUES) or 8
+        uuid = table.string("uuid", _UUID_ALLOWED)
+        if uuid is not None and _UUID.fullmatch(uuid) is None:
+            table.problem("uuid", f"found {_show(uuid)}", _UUID_ALLOWED)
+            uuid = None
+        shared_memory = table.size(
+            "shared_memory",
+            _SHARED_MEMORY_ALLOWED,
+            lambda size: MIN_SHARED_MEMORY <= size <= MAX_SHARED_MEMORY and size.bit_count() == 1,
+        )
+        if "shared_memory" not in table.values:
+            shared_memory = DEFAULT_SHARED_MEMORY
+        vfio_user = table.boolean("vfio_user", False)
+        vectors = table.integer("vectors", None, 0, MAX_VECTORS)
+        if vectors is not None and not vfio_user:
+            table.warning("vectors", f"found {vectors}: only PCI functions have vectors", "with vfio_user = true")
+        elif vectors == 0:
+            table.warning("vectors", "found 0: there is no MSI-X, interrupts go by INTx", f"1 to {MAX_VECTORS}")
+        ram_file, ram_size = self._ram_file(table, base, vfio_user, shared_memory)
+        return VhostUserDeviceConfig(
+            name or "",
+            max_queues,
+            bytes(16) if uuid is None else bytes.fromhex(uuid.replace("-", "")),
+            shared_memory or DEFAULT_SHARED_MEMORY,
+            vfio_user,
+            vectors,
+            ram_file,
+            ram_size or 0,
+        )
+
+    def _ram_file(
+        self, table: _Table, base: Path, vfio_user: bool, shared_memory: int | None
+    ) -> tuple[Path | None, int | None]:
+        """The file that is to be the front end VM's memory, and its size. One that isn't there is made at the start."""
+        allowed = "whole pages of 4096 bytes, at most shared_memory"
+        # what doesn't fit a region that isn't known isn't known either
+        most = MAX_SHARED_MEMORY if shared_memory is None else shared_memory
+        size = table.size("ram_size", allowed, lambda size: 0 < size <= most and size % PAGE == 0)
+        if "ram_file" not in table.values:
+            if "ram_size" in table.values:
+                table.problem("ram_size", "there is no ram_file that it could be the size of", "with ram_file")
+            return None, None
+        text = table.string("ram_file", _RAM_FILE_ALLOWED)
+        if "ram_size" not in table.values:
+            table.missing("ram_size", allowed)
+        # what is no boolean is a mistake by itself
+        if not vfio_user and isinstance(table.values.get("vfio_user", False), bool):
+            table.problem("ram_file", "only a PCI function can show a file", "with vfio_user = true")
+        if text is None:
+            return None, size
+        try:
+            return self._ram_path(base, text), size
+        except _Wrong as wrong:
+            table.problem("ram_file", wrong.found, wrong.allowed)
+            return None, size
+
+    def _ram_path(self, base: Path, text: str) -> Path:
+        if text == "":
+            raise _Wrong('found ""', _RAM_FILE_ALLOWED)
+        try:
+            path = (base / text).absolute()
+            # the file itself is opened, not what it is a link to
+            status = path.lstat() if os.path.lexists(path) else None
+            if status is None and not path.parent.is_dir():
+                raise _Wrong(f"{path.parent} is no directory", _RAM_FILE_ALLOWED)
+        except UnicodeEncodeError:
+            raise _Wrong(f"found {_show(text)}", _RAM_FILE_ALLOWED) from None
+        except OSError as error:
+            raise _Wrong(f"{base / text}: {os.strerror(error.errno or 0)}", _RAM_FILE_ALLOWED) from None
+        if status is None:
+            return path
+        if not stat.S_ISREG(status.st_mode):
+            raise _Wrong(f"{path} is not a regular file", _RAM_FILE_ALLOWED)
+        # two devices of one VM have the same memory; a disk in its place would be overwritten
+        image = self._uses.get((status.st_dev, status.st_ino))
+        if image is not None:
+            raise _Wrong(f"{path} is the image of {image.owner}", "a file that nothing else is in")
+        return path
+
     def _serial(self, table: _Table, pattern: str, member_id: int) -> str:
         serial = self._serial_text(table, pattern.replace("{n}", str(member_id)))
         if not serial:
@@ -809,13 +980,20 @@ class _Checker:
             )
 
 
-def _socket_names(owner: OwnerConfig | None, members: Sequence[MemberConfig], last_id: int) -> Iterator[str]:
+def _socket_names(
+    owner: OwnerConfig | None,
+    members: Sequence[MemberConfig],
+    devices: Sequence[VhostUserDeviceConfig],
+    last_id: int,
+) -> Iterator[str]:
     """The longest names of sockets that this group has, of each kind."""
     yield socket_name(last_id)
     if owner is not None and owner.vfio_user:
         yield function_socket_name(0, "owner")
     if any(member.vfio_user for member in members):
         yield function_socket_name(max(member.id for member in members if member.vfio_user), "transitional")
+    if devices:
+        yield device_socket_name(max((device.name for device in devices), key=len), "vhost-user")
 
 
 def _expand(image: str, member_id: int) -> str:

@@ -339,6 +339,8 @@ class Group:
         """A new process is about to take over: members can't be changed."""
         self.left = False
         """A new process serves all of it."""
+        self.first = True
+        """No other process has served it before, of which front ends could know."""
         self.lock_fd = -1
         """The lock file's descriptor, while the run directory is ours."""
         self.qmp_fd: int | None = None
@@ -496,7 +498,12 @@ class Group:
                 continue
             try:
                 relay = RelayDevice(
-                    config, number, self._pool, self._host, functools.partial(self._relay_event, number, config.name)
+                    config,
+                    number,
+                    self._pool,
+                    self._host,
+                    functools.partial(self._relay_event, number, config.name),
+                    first=self.first,
                 )
                 self._relays[number] = relay
                 relay.start()
@@ -1759,6 +1766,7 @@ async def _serve_group(
     async with _empty_group(config, directory, engine) as group:
         if config.owner is not None:
             await group._open_owner(config.owner)
+        group.first = not left_behind
         await group._open_all(restored, left_behind)
         await group.serve_vhost_user_devices()
         yield group
@@ -1771,6 +1779,7 @@ async def _take_over_group(
     async with _empty_group(config, directory, engine) as group:
         if config.owner is not None:
             await group._prepare_owner(config.owner, predecessor.owner_image)
+        group.first = False
         await predecessor.take(group)
         yield group
 

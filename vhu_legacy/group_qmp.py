@@ -321,6 +321,66 @@ ACCESS: Final = Object(
 )
 TRACE: Final = Object({"next": INT, "lost": INT, "entries": Array(ACCESS)})
 
+VVU_REGION: Final = Object({"guest-address": INT, "size": INT, "mmap-offset": INT, "offset": INT, "log": BOOL})
+VVU_MESSAGE: Final = Object(
+    {
+        "from": Enum(("master", "slave")),
+        "request": INT,
+        "name": nullable(STR),
+        "reply": BOOL,
+        "flags": INT,
+        "size": INT,
+    }
+)
+VVU_QUEUE: Final = Object(
+    {
+        "index": INT,
+        "call-doorbell": INT,
+        "err-doorbell": INT,
+        "kicks": INT,
+        "kicks-ignored": INT,
+        "calls": INT,
+        "calls-ignored": INT,
+        "call-connected": BOOL,
+        "errs": INT,
+        "errs-ignored": INT,
+        "err-connected": BOOL,
+    }
+)
+VVU_SIDE: Final = Object({"features": nullable(BITS), "protocol-features": nullable(BITS)})
+VHOST_USER_DEVICE: Final = Object(
+    {
+        "name": STR,
+        "uuid": nullable(STR),
+        "max-queues": INT,
+        "shared-memory": INT,
+        "ram-file": nullable(STR),
+        "ram-size": nullable(INT),
+        "sockets": Object({"vhost-user": STR, "vfio-user": nullable(STR), "front": STR}),
+        "state": Enum(("waiting", "slave-up", "connected", "paused", "broken")),
+        "carrier": nullable(Enum(("vhost-user", "vfio-user"))),
+        "peer-pid": nullable(INT),
+        "master-pid": nullable(INT),
+        "broken": nullable(PROBLEM),
+        "status": BITS,
+        "ready": BOOL,
+        "paused": BOOL,
+        "resets": INT,
+        "slave": VVU_SIDE,
+        "passed-on": nullable(BITS),
+        "master": VVU_SIDE,
+        "slave-channel": BOOL,
+        "memory": Array(VVU_REGION),
+        "waiting": INT,
+        "last-message": nullable(VVU_MESSAGE),
+        "last-error": nullable(PROBLEM),
+        "messages": Object({"from-master": INT, "from-slave": INT, "discarded": INT, "masters": INT}),
+        "queues": Array(VVU_QUEUE),
+        "log": Object({"doorbell": INT, "rings": INT, "rings-ignored": INT}),
+    }
+)
+"""A virtio-vhost-user device (`vvu_view.describe`)."""
+
 STATISTICS: Final = Object(
     {
         "uptime": NUMBER,
@@ -366,6 +426,7 @@ MEMBER_ADD: Final = Object(
 
 _CONNECTED: Final = {"peer-pid": nullable(INT)}
 _STATUS: Final = {"old": INT, "new": INT}
+_NAMED: Final = {"name": STR}
 _BROKEN: Final = {"rule": STR, "reason": STR, "queue": nullable(INT)}
 
 EVENTS: Final[Mapping[str, tuple[str, Object]]] = {
@@ -381,6 +442,11 @@ EVENTS: Final[Mapping[str, tuple[str, Object]]] = {
     "owner-status": ("OWNER_STATUS_CHANGE", Object(_STATUS)),
     "owner-broken": ("OWNER_BROKEN", Object(_BROKEN)),
     "owner-config": ("OWNER_CONFIG_CHANGE", Object()),
+    "slave-up": ("SLAVE_UP", Object(_NAMED)),
+    "slave-down": ("SLAVE_DOWN", Object({**_NAMED, "reason": STR})),
+    "master-up": ("MASTER_UP", Object({**_NAMED, **_CONNECTED})),
+    "master-down": ("MASTER_DOWN", Object({**_NAMED, "reason": STR})),
+    "device-broken": ("VHOST_USER_DEVICE_BROKEN", Object({**_NAMED, **_BROKEN})),
     "trace": ("REGISTER_ACCESS", Object({"entries": Array(ACCESS), "lost": INT})),
 }
 """Kinds of `GroupEvent` and what they are on the wire."""
@@ -461,6 +527,7 @@ def make_registry(group: Group) -> Registry:
         returns=Object({"driver-told": BOOL}),
     )
     _add_owner_commands(registry, commands)
+    registry.add("query-vhost-user-devices", commands.query_vhost_user_devices, returns=Array(VHOST_USER_DEVICE))
     registry.add("quit", commands.quit)
     registry.add("upgrade", commands.upgrade, arguments=Object({"*python": STR, "*force": BOOL}), returns=SUCCESSOR)
     for name, data in EVENTS.values():
@@ -587,6 +654,9 @@ class _Commands:
         except GroupError as error:
             raise CommandError(str(error)) from error
         return {"driver-told": told}
+
+    async def query_vhost_user_devices(self) -> object:
+        return kebab(self._group.query_vhost_user_devices())
 
     async def quit(self) -> object:
         return Reply({}, self._group.request_stop)

@@ -28,7 +28,7 @@ import trio
 
 from .backend import Held, HeldConnection
 from .channel import Message
-from .config import CompatConfig, GroupConfig, MemberConfig, OwnerConfig
+from .config import CompatConfig, GroupConfig, MemberConfig, OwnerConfig, VhostUserDeviceConfig
 from .errors import GroupError
 
 __all__ = ["FORMAT", "Frame", "MemberParcel", "Pipe", "close_all", "group_data", "group_of", "held_frame", "held_of"]
@@ -157,8 +157,16 @@ class Pipe:
 
 
 def group_data(config: GroupConfig) -> dict[str, Any]:
-    """A group's configuration as data of a frame."""
-    return {**asdict(config), "source": str(config.source), "run_dir": str(config.run_dir) if config.run_dir else None}
+    """A group's configuration as data of a frame: what JSON has."""
+    data = {**asdict(config), "source": str(config.source), "run_dir": str(config.run_dir) if config.run_dir else None}
+    if not config.vhost_user_devices:
+        # a version that has never heard of them takes over a group that has none
+        del data["vhost_user_devices"]
+        return data
+    for device in data["vhost_user_devices"]:
+        device["uuid"] = device["uuid"].hex()
+        device["ram_file"] = str(device["ram_file"]) if device["ram_file"] else None
+    return data
 
 
 def group_of(data: Any) -> GroupConfig:
@@ -171,10 +179,17 @@ def group_of(data: Any) -> GroupConfig:
             "owner": None if owner is None else _made(OwnerConfig, owner),
             "compat": None if compat is None else _made(CompatConfig, compat),
             "members": tuple(_made(MemberConfig, member) for member in data["members"]),
+            "vhost_user_devices": tuple(_device_of(device) for device in data.get("vhost_user_devices", ())),
         }
         return _made(GroupConfig, {**data, **converted})
     except (KeyError, TypeError, ValueError) as error:
         raise GroupError(f"the other process describes its group in an unknown way: {error!r}") from error
+
+
+def _device_of(data: dict[str, Any]) -> VhostUserDeviceConfig:
+    ram_file = data["ram_file"]
+    converted = {"uuid": bytes.fromhex(data["uuid"]), "ram_file": None if ram_file is None else Path(ram_file)}
+    return _made(VhostUserDeviceConfig, {**data, **converted})
 
 
 def _made(kind: type[T], values: dict[str, Any]) -> T:

@@ -7,9 +7,10 @@ messages are moved, one at a time, and what has to be waited for is waited for: 
 that the backend VM's QEMU maps memory. Kicks, calls and the memory itself don't come here.
 
 Who may connect when. Before the slave has been up for the first time a master waits in the listener's backlog, so the
-two VMs can be started in any order, and a QEMU that can't reconnect waits, too. Later, while the slave is down, there
-is no listener: a QEMU that waits for its back end to answer does so with all its vCPUs stopped, and one with
-`reconnect-ms` comes back by itself. A moment of grace is for a slave that is up again at once.
+two VMs can be started in any order, and a QEMU that can't reconnect waits, too. Later, while the slave is down, and from
+the start if this process has come after another one, there is no listener: a QEMU that waits for its back end to answer
+does so with all its vCPUs stopped, and one with `reconnect-ms` comes back by itself. A moment of grace is for a slave
+that is up again at once.
 
 A session ends when the master leaves or breaks a rule, when the slave goes down or is reset, and when its carrier is
 gone. Then everything of it is gone but what the driver may still be looking at: shared memory stays until the slave is
@@ -83,9 +84,12 @@ class RelayDevice:
         pool: _native.Pool,
         host: Host,
         on_event: Callable[[str, dict[str, Any]], None],
+        *,
+        first: bool = True,
     ) -> None:
         """Make the device. `number` is its member number in native events; `on_event(kind, data)` is told "slave-up",
-        "slave-down", "master-up", "master-down" and "broken".
+        "slave-down", "master-up", "master-down" and "broken". `first`: no process before this one has served it, so
+        masters may wait for its slave.
 
         Raises NativeError, OSError (the RAM file).
         """
@@ -115,6 +119,7 @@ class RelayDevice:
         self._carrier: Carrier | None = None
         self._peer_pid: int | None = None
         self._logged = -_LOG_INTERVAL
+        self._first = first
         self._down = ""
         """Why the slave went down, when a session's end has told us."""
 
@@ -132,7 +137,8 @@ class RelayDevice:
             if self.config.vfio_user:
                 path = self.socket_path("vfio-user")
                 self._function = FunctionServer(self._pool, self.native.function(), "modern", path, self._host.hub)
-            self._listen()
+            if self._first:
+                self._listen()
         except BaseException:
             self._unlisten()
             raise

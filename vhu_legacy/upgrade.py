@@ -13,6 +13,7 @@ moved are disconnected, and can connect to the old one again. When the old one i
 too, unless it has been given everything: half a group is worse than none, which a supervisor notices.
 
 PCI functions can't be handed over: their clients are refused (or, if forced, dropped), their sockets are made anew.
+So it is with virtio-vhost-user devices and both their ends: they are closed before "end", and served after it.
 
     old                     new
                             hello       its version
@@ -86,8 +87,8 @@ async def hand_over(group: Group, *, python: str | None = None, force: bool = Fa
     """Start a new process for the group and hand everything over to it. After it `group` has nothing left to serve, and
     is asked to stop within a moment.
 
-    `python`: the interpreter that has the new version; ours by default. `force`: clients of PCI functions are dropped,
-    and front ends that the new version can't go on with.
+    `python`: the interpreter that has the new version; ours by default. `force`: clients of PCI functions and both ends
+    of virtio-vhost-user devices are dropped, and front ends that the new version can't go on with.
 
     Raises GroupError; the group is served as before then. Cancellation has no effect, but for that of the group.
     """
@@ -145,6 +146,16 @@ def _check(group: Group, force: bool) -> None:
             raise GroupError(f"{label} is stopped by an administration command, which can't be handed over; resume it")
         if not force and _has_client(group, member_id, device, info):
             raise GroupError(f"{label} has a client that can't be handed over; use force to drop it")
+    if not force:
+        _check_devices(group)
+
+
+def _check_devices(group: Group) -> None:
+    used = group.vhost_user_devices_in_use()
+    if used:
+        label = f"virtio-vhost-user device{'s' if len(used) > 1 else ''} {', '.join(used)}"
+        reason = "a backend VM or a master is connected, which can't be handed over; use force to drop it"
+        raise GroupError(f"{label}: {reason}")
 
 
 def _has_client(group: Group, member_id: int, device: _Device, info: dict[str, Any]) -> bool:
@@ -188,6 +199,7 @@ class _Sender:
         self._moved: set[int] = set()
         self._returned: dict[int, Held] = {}
         self._owner_closed = False
+        self._devices_closed = False
         self._ended = False
         """The new process has been given everything."""
         self._ready = False
@@ -246,6 +258,7 @@ class _Sender:
                     reconnecting.append(slot.config.id)
             if scope.cancelled_caught:
                 raise MemberError(slot.config.id, f"the new process didn't take it over within {MOVE_PATIENCE:g} s")
+        await self._close_devices()
         with trio.move_on_after(MOVE_PATIENCE) as scope:
             self._ended = True
             await self._pipe.send("end", {}, [group.lock_fd, group.hold_qmp()])
@@ -258,6 +271,14 @@ class _Sender:
             if slot.server is not None:
                 slot.server.leave()
         return Successor(pid, len(self._slots), moved, reconnecting, longest)
+
+    async def _close_devices(self) -> None:
+        # last of all: a backend VM that is dropped here can't connect again by itself
+        if not self._force:
+            # somebody may have come while members moved
+            _check_devices(self._group)
+        self._devices_closed = True
+        await self._group.close_vhost_user_devices()
 
     async def _move(self, slot: _Slot) -> bool:
         """Whether it has taken a front end with it."""
@@ -321,6 +342,12 @@ class _Sender:
             self._group.listen_functions(slot)
         if self._owner_closed:
             await self._group.reopen_owner()
+        if self._devices_closed:
+            try:
+                await self._group.serve_vhost_user_devices()
+            except GroupError as error:
+                # everything else is served
+                log.error("%s", error)
         if self._ended:
             self._group.own_run_dir()
             self._group.release_qmp()
@@ -403,7 +430,10 @@ class TakeOver:
         await self.pipe.send("taken", {"id": slot.config.id, "dropped": dropped})
 
     async def finish(self, group: Group) -> RunDir:
-        """What is the group's: the run directory, the QMP socket, the owner's functions. Raises GroupError."""
+        """What is the group's: the run directory, the QMP socket, the owner's functions, virtio-vhost-user devices.
+
+        Raises GroupError.
+        """
         async with self._returning():
             frame = await self._receive("end")
             if len(frame.fds) != 2:
@@ -411,6 +441,7 @@ class TakeOver:
                 raise GroupError("the other process hands over no lock and no QMP socket")
             lock, self.qmp_listener = frame.fds
             await group.serve_owner()
+            await group.serve_vhost_user_devices()
         self._run_dir = RunDir.adopt(group.run_dir, lock)
         return self._run_dir
 
