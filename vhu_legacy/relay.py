@@ -7,8 +7,8 @@ messages are moved, one at a time, and what has to be waited for is waited for: 
 that the backend VM's QEMU maps memory. Kicks, calls and the memory itself don't come here.
 
 Who may connect when. Before the slave has been up for the first time a master waits in the listener's backlog, so the
-two VMs can be started in any order, and a QEMU that can't reconnect waits, too. Later, while the slave is down, and from
-the start if this process has come after another one, there is no listener: a QEMU that waits for its back end to answer
+two VMs can be started in any order, and a QEMU that can't reconnect waits, too. Later, while the slave is down, and
+from the start if this process has come after another one, there is no listener: a QEMU that waits for its back end to answer
 does so with all its vCPUs stopped, and one with `reconnect-ms` comes back by itself. A moment of grace is for a slave
 that is up again at once.
 
