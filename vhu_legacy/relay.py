@@ -8,9 +8,9 @@ that the backend VM's QEMU maps memory. Kicks, calls and the memory itself don't
 
 Who may connect when. Before the slave has been up for the first time a master waits in the listener's backlog, so the
 two VMs can be started in any order, and a QEMU that can't reconnect waits, too. Later, while the slave is down, and
-from the start if this process has come after another one, there is no listener: a QEMU that waits for its back end to answer
-does so with all its vCPUs stopped, and one with `reconnect-ms` comes back by itself. A moment of grace is for a slave
-that is up again at once.
+from the start if this process has come after another one, there is no listener: a QEMU that waits for its back end to
+answer does so with all its vCPUs stopped, and one with `reconnect-ms` comes back by itself. A moment of grace is for a
+slave that is up again at once.
 
 A session ends when the master leaves or breaks a rule, when the slave goes down or is reset, and when its carrier is
 gone. Then everything of it is gone but what the driver may still be looking at: shared memory stays until the slave is
