@@ -25,10 +25,10 @@ STEP := step() { printf '\n==> %s\n' "$$*"; }; step
 # Everything the native module and the installed package are made of.
 NATIVE_INPUTS = Cargo.toml Cargo.lock pyproject.toml $(shell find rust benches -name Cargo.toml -o -name '*.rs' | LC_ALL=C sort)
 
-.PHONY: help setup system rust venv native images demo test fuzz bench matrix clean
+.PHONY: help setup system rust venv native images demo demo-vvu vvu-bridge test fuzz bench matrix clean
 
 help: ## this text
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 setup: native ## system packages, Rust tools, .venv and the native module
 	@
@@ -105,12 +105,25 @@ native: rust venv
 		echo "$$key" >$(VENV)/native.key
 	fi
 
-images: native ## guest kernels 5.10, 6.1, 6.12, 7.2 and QEMU 11.1, into the cache
+images: native ## guest kernels 5.10, 6.1, 6.12, 7.2, QEMU 11.1 and vhost-user daemons, into the cache
 	@$(STEP) "guest images"
 	$(BIN)/python -m vhu_legacy.images $(IMAGES)
 
 demo: native ## stock guests with a legacy driver on members, over vhost-user and by admin commands
 	@$(BIN)/python -m vhu_legacy.demo
+
+# What runs in a guest that is a back end: static, since that guest has no libraries of this machine's. Cargo knows what is
+# up to date; a target of its own keeps the flags away from build scripts, and from what else is in target/.
+BRIDGE_CARGO = RUSTFLAGS='-C target-feature=+crt-static -C strip=symbols' \
+	cargo build --locked --release --target x86_64-unknown-linux-gnu
+
+vvu-bridge: rust ## the programs of a guest that is another guest's back end
+	@$(STEP) "vvu-bridge and vhu-blk"
+	$(BRIDGE_CARGO) --package vvu-bridge
+	$(BRIDGE_CARGO) --package vhu-core --example vhu-blk
+
+demo-vvu: native vvu-bridge ## a guest whose disk and file system are in another guest, over virtio-vhost-user
+	@$(BIN)/python -m vhu_legacy.demo_vvu $(DEMO_ARGS)
 
 # Components of a rustup toolchain, or packages of the distribution's; and cargo-nextest.
 .PHONY: test-tools
@@ -131,9 +144,9 @@ test-tools: native
 		cargo install --locked cargo-nextest@0.9.100
 	fi
 
-test: test-tools ## everything CI runs: format, lints, types, Rust and Python tests, with guests
+test: test-tools vvu-bridge ## everything CI runs: format, lints, types, Rust and Python tests, with guests
 	@$(STEP) "guest images"
-	$(BIN)/python -m vhu_legacy.images kernel:5.10 kernel:6.1 kernel:6.12 kernel:7.2 qemu:11.1
+	$(BIN)/python -m vhu_legacy.images kernel:5.10 kernel:6.1 kernel:6.12 kernel:7.2 qemu:11.1 daemons:trixie
 	$(STEP) "cargo fmt"
 	cargo fmt --all --check
 	$(STEP) "cargo clippy"

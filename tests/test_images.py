@@ -319,7 +319,8 @@ def test_what_is_in_the_initramfs(copied_kernel: Path) -> None:
         ["cpio", "-t", "--quiet"], input=archive, capture_output=True, check=True, timeout=60
     ).stdout.decode()
     names = set(listing.split())
-    assert {"init", "bin/busybox", "bin/load", "modules/order", "modules/virtio_blk.ko", "proc", "sys", "dev"} <= names
+    assert {"init", "common", "bin/busybox", "bin/load", "modules/order", "modules/virtio_blk.ko"} <= names
+    assert {"modules/virtiofs.order", "modules/uio_pci_generic.order", "modules/uio.ko", "proc", "sys", "dev"} <= names
     assert all(name.startswith("modules/") for name in names if name.endswith(".ko"))
 
 

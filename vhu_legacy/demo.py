@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ _IMAGE_BYTES = 64 << 20
 _TRACED = 8
 
 
-class _Story:
+class Story:
     """What happened, told while it happens and kept for the tables."""
 
     def __init__(self, console: Console) -> None:
@@ -70,17 +70,14 @@ class _Story:
             wide.print(table)
 
 
-async def run_demo(console: Console) -> int:
-    """Run the demo; 0 when everything was right, 1 otherwise (the reason is in the last line).
-
-    Missing images are built first. On cancellation the guests and the group are ended and nothing is left
-    behind.
+async def tell(console: Console, play: Callable[[Story, Path], Awaitable[None]]) -> int:
+    """Have a story played in a scratch directory and say how it ended: 0 when everything was right, 1 otherwise (the
+    reason is in the last line).
     """
-    story = _Story(console)
+    story = Story(console)
     try:
-        await _fetch(story)
         with tempfile.TemporaryDirectory(prefix="vhu-demo-") as scratch:
-            await _play(story, Path(scratch))
+            await play(story, Path(scratch))
     except (VhuError, OSError, BaseExceptionGroup) as raised:
         error = single(raised)
         if not isinstance(error, (VhuError, OSError)):
@@ -95,7 +92,21 @@ async def run_demo(console: Console) -> int:
     return 0
 
 
-async def _fetch(story: _Story) -> None:
+async def run_demo(console: Console) -> int:
+    """Run the demo; 0 when everything was right, 1 otherwise (the reason is in the last line).
+
+    Missing images are built first. On cancellation the guests and the group are ended and nothing is left
+    behind.
+    """
+    return await tell(console, _fetch_and_play)
+
+
+async def _fetch_and_play(story: Story, directory: Path) -> None:
+    await _fetch(story)
+    await _play(story, directory)
+
+
+async def _fetch(story: Story) -> None:
     missing = await trio.to_thread.run_sync(_missing)
     if missing:
         story.say(f"{' and '.join(missing)} must be fetched first: once, from this machine's Debian mirror")
@@ -127,7 +138,7 @@ class _Seen:
     after: dict[str, Any]
 
 
-async def _play(story: _Story, directory: Path) -> None:
+async def _play(story: Story, directory: Path) -> None:
     first_image, second_image = directory / "disk1.raw", directory / "disk2.raw"
     host_sum = await trio.to_thread.run_sync(guest.make_image, first_image, _IMAGE_BYTES, 1)
     members = [guest.MemberSpec(first_image), guest.MemberSpec(second_image, vfio_user=True)]
@@ -141,13 +152,13 @@ async def _play(story: _Story, directory: Path) -> None:
         one = await _first_guest(story, group)
         two, trace = await _second_guest(story, group, _with_disk(second, group.function_socket(2, "legacy")))
         owner = await group.owner()
-        _require(owner["failed"] == 0, f"{owner['failed']} administration commands failed")
+        require(owner["failed"] == 0, f"{owner['failed']} administration commands failed")
         status = await group.stop()
-        _require(status == 0, f"vhu-legacy serve ended with status {status}")
+        require(status == 0, f"vhu-legacy serve ended with status {status}")
         left = [path.name for path in group.run_dir.glob("*.sock")] if group.run_dir.is_dir() else []
-        _require(not left, f"the group left sockets behind: {', '.join(left)}")
+        require(not left, f"the group left sockets behind: {', '.join(left)}")
     for seen, image, wanted in ((one, first_image, host_sum), (two, second_image, boot_sum)):
-        await trio.to_thread.run_sync(_check_image, seen.report, image, wanted)
+        await trio.to_thread.run_sync(check_image, seen.report, image, wanted)
     story.say("the images are checked on the host")
     story.table("a legacy guest on member 1, over vhost-user")
     _describe(story, one, "vhost-user-blk-pci,disable-modern=on")
@@ -160,14 +171,14 @@ def _with_disk(config: guest.VmConfig, socket: Path) -> guest.VmConfig:
     return replace(config, disks=(guest.Function(socket, boot_index=1),))
 
 
-async def _first_guest(story: _Story, group: guest.ServedGroup) -> _Seen:
+async def _first_guest(story: Story, group: guest.ServedGroup) -> _Seen:
     config = guest.VmConfig(disks=(guest.Disk(group.socket(1), "legacy"),), kernel=KERNEL)
     async with guest.open_vm(config) as vm:
         story.say(f"QEMU {vm.qemu.version} runs: vhost-user-blk-pci,disable-modern=on; booting {vm.kernel.release}")
         return await _use_disk(story, group, vm, 1)
 
 
-async def _second_guest(story: _Story, group: guest.ServedGroup, config: guest.VmConfig) -> tuple[_Seen, list[Any]]:
+async def _second_guest(story: Story, group: guest.ServedGroup, config: guest.VmConfig) -> tuple[_Seen, list[Any]]:
     async with guest.open_vm(config) as vm:
         story.say(f"QEMU {vm.qemu.version} runs: vfio-user-pci, no kernel given; the firmware boots from member 2")
         # Taken while it is fresh: later accesses push the first ones out.
@@ -180,7 +191,7 @@ async def _second_guest(story: _Story, group: guest.ServedGroup, config: guest.V
         )
         seen = await _use_disk(story, group, vm, 2)
     problems = guest.legacy_command_problems(seen.running["admin-commands"])
-    _require(not problems, "; ".join(problems))
+    require(not problems, "; ".join(problems))
     return seen, trace
 
 
@@ -194,50 +205,51 @@ async def _first_accesses(group: guest.ServedGroup, member: int) -> list[Any]:
     raise GuestError("the firmware does not look at the function")
 
 
-async def _use_disk(story: _Story, group: guest.ServedGroup, vm: guest.Vm, member: int) -> _Seen:
+async def _use_disk(story: Story, group: guest.ServedGroup, vm: guest.Vm, member: int) -> _Seen:
     """What both guests do with their disk, and what their members say to that."""
     await vm.wait_event("ready")
     disk = await vm.command("info vda")
     story.say(f"the guest found vda, {disk['size'] >> 20} MiB, with its {disk['mode']} driver")
-    _require(disk["mode"] == "legacy", f"the guest drives the disk as {disk['mode']}")
-    _require(disk["size"] == _IMAGE_BYTES, f"the guest sees {disk['size']} bytes")
+    require(disk["mode"] == "legacy", f"the guest drives the disk as {disk['mode']}")
+    require(disk["size"] == _IMAGE_BYTES, f"the guest sees {disk['size']} bytes")
     report = await vm.command("verify vda")
     story.say("the guest read, wrote, flushed and compared")
     running = await group.member(member)
     _check_running(running)
     complaints = await vm.complaints()
-    _require(not complaints, f"the guest's kernel complains: {'; '.join(complaints)}")
+    require(not complaints, f"the guest's kernel complains: {'; '.join(complaints)}")
     await vm.command("poweroff")
     await vm.wait_exit()
     story.say("the guest is off")
     return _Seen(vm, disk, report, running, await _detached(group, member))
 
 
-def _require(condition: bool, reason: str) -> None:
+def require(condition: bool, reason: str) -> None:
+    """Raises :class:`GuestError` unless the condition holds."""
     if not condition:
         raise GuestError(reason)
 
 
 def _check_running(member: dict[str, Any]) -> None:
     """The member's own view while the guest runs must agree with the guest's."""
-    _require(member["state"] == "running", f"the member is {member['state']} while the guest runs")
-    _require(member["driver-mode"] == "legacy", f"the member sees a {member['driver-mode']} driver")
-    _require(member["broken"] is None, f"the member is broken: {member['broken']}")
-    _require("DRIVER_OK" in member["status"]["names"], f"status is {member['status']['names']}")
+    require(member["state"] == "running", f"the member is {member['state']} while the guest runs")
+    require(member["driver-mode"] == "legacy", f"the member sees a {member['driver-mode']} driver")
+    require(member["broken"] is None, f"the member is broken: {member['broken']}")
+    require("DRIVER_OK" in member["status"]["names"], f"status is {member['status']['names']}")
     queue = member["queues"][0]
-    _require(queue["layout"] == "legacy", f"the ring has the {queue['layout']} layout")
+    require(queue["layout"] == "legacy", f"the ring has the {queue['layout']} layout")
     requests = member["requests"]
-    _require(requests["in"] > 0 and requests["out"] > 0 and requests["flush"] > 0, f"requests served: {requests}")
-    _require(requests["failed"] == 0, f"{requests['failed']} requests failed")
+    require(requests["in"] > 0 and requests["out"] > 0 and requests["flush"] > 0, f"requests served: {requests}")
+    require(requests["failed"] == 0, f"{requests['failed']} requests failed")
 
 
-def _check_image(report: dict[str, Any], image: Path, host_sum: str) -> None:
+def check_image(report: dict[str, Any], image: Path, host_sum: str) -> None:
     """What the guest saw, what the image holds, and what the host had written must be the same."""
-    _require(report["host_sum"] == host_sum, f"{image.name}: the guest did not read what the host had written")
+    require(report["host_sum"] == host_sum, f"{image.name}: the guest did not read what the host had written")
     actual = guest.area_sum(image, report["host_offset"], report["host_bytes"])
-    _require(actual == host_sum, f"{image.name}: the host's area was changed")
+    require(actual == host_sum, f"{image.name}: the host's area was changed")
     actual = guest.area_sum(image, report["guest_offset"], report["guest_bytes"])
-    _require(actual == report["guest_sum"], f"{image.name}: not what the guest wrote")
+    require(actual == report["guest_sum"], f"{image.name}: not what the guest wrote")
 
 
 async def _detached(group: guest.ServedGroup, number: int) -> dict[str, Any]:
@@ -251,7 +263,7 @@ async def _detached(group: guest.ServedGroup, number: int) -> dict[str, Any]:
     raise GuestError(f"member {number} is still {member['state']} after QEMU has ended")
 
 
-def _describe(story: _Story, seen: _Seen, device: str) -> None:
+def _describe(story: Story, seen: _Seen, device: str) -> None:
     vm, disk, member, report = seen.vm, seen.disk, seen.running, seen.report
     first_line = (vm.first_message or vm.started) - vm.started
     story.add("guest", f"Linux {vm.kernel.release}, first line after {first_line:.1f} s")
@@ -281,7 +293,7 @@ def _describe(story: _Story, seen: _Seen, device: str) -> None:
     story.add("guest's console", vm.console_log)
 
 
-def _describe_commands(story: _Story, seen: _Seen, trace: list[Any]) -> None:
+def _describe_commands(story: Story, seen: _Seen, trace: list[Any]) -> None:
     """The administration commands of each opcode, and how the register trace begins."""
     counts = seen.after["admin-commands"]
     for opcode in Opcode:

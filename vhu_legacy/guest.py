@@ -37,8 +37,9 @@ import trio
 import trio_asyncio  # type: ignore[import-untyped]
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
-from . import images, qemu_args
+from . import images, initramfs, qemu_args
 from .errors import GuestError
+from .rundir import device_socket_name
 
 Mode: TypeAlias = Literal["legacy", "transitional", "modern"]
 MODES: Final[tuple[Mode, ...]] = ("legacy", "transitional", "modern")
@@ -47,12 +48,15 @@ KINDS: Final[tuple[Kind, ...]] = ("owner", "legacy", "transitional", "modern")
 """The PCI functions a group serves over vfio-user."""
 Via: TypeAlias = Literal["vhost-user", "vfio-user"]
 TASKS: Final = ("verify", "reboot", "rw-loop")
-"""What :func:`boot` can have a guest do; a :class:`VmConfig` may also have ``idle`` and ``load``."""
+"""What :func:`boot` can have a guest do; a :class:`VmConfig` may also have ``idle``, ``load`` and ``fs``."""
 
 HOST_KIB: Final = 1024
 GUEST_KIB: Final = 4096
 MIN_IMAGE_BYTES: Final = (HOST_KIB + GUEST_KIB + 4) * 1024
 """An image must be at least this big for the guest's checks with the default areas."""
+
+VHOST_USER_DEVICE_SINCE: Final = (11, 1)
+"""The QEMU series whose generic vhost-user device has shared memory."""
 
 _TAIL_LINES = 15
 _LINE_LIMIT = 1 << 16
@@ -95,7 +99,39 @@ class Function:
     boot_index: int | None = None
 
 
+@dataclass(frozen=True)
+class Drive:
+    """A disk of QEMU's own: a virtio-blk-pci on a raw image."""
+
+    image: Path
+    id: str = "drive0"
+
+
+@dataclass(frozen=True)
+class FileSystem:
+    """One vhost-user-fs-pci device."""
+
+    socket: Path
+    tag: str = "vhu"
+    id: str = "fs0"
+    queues: int = 1
+
+
+@dataclass(frozen=True)
+class VhostUserDevice:
+    """A virtio-vhost-user device, through which this guest is the back end of others.
+
+    `max_queues` has to be that of the group file: over vhost-user QEMU makes a queue for each doorbell.
+    """
+
+    socket: Path
+    max_queues: int
+    via: Via = "vhost-user"
+    id: str = "vvu0"
+
+
 Device: TypeAlias = Disk | Function
+OtherDevice: TypeAlias = Drive | FileSystem | VhostUserDevice
 
 
 @dataclass(frozen=True)
@@ -105,10 +141,15 @@ class VmConfig:
     `append` goes to the end of the kernel command line: ``pci=nomsi`` for INTx, ``virtio_pci.force_legacy=1`` for the
     legacy driver on a transitional device. With `from_disk` QEMU isn't given the kernel: the firmware has to find it on
     a disk (with a `boot_index`) that :func:`make_boot_image` has made. Without `shared_memory` a back end can't map the
-    guest's memory: vfio-user then goes through its socket, vhost-user can't do at all.
+    guest's memory: vfio-user then goes through its socket, vhost-user can't do at all. With `memory_file` that memory
+    is a file, so that others can know it before QEMU runs, who makes it if it isn't there.
+
+    `devices` come after the disks. `overlays` are archives (or their bytes) that are laid over the kernel's initramfs,
+    in order, and `init` the program to start instead of its own; see :mod:`.backend_guest`.
     """
 
     disks: tuple[Device, ...] = ()
+    devices: tuple[OtherDevice, ...] = ()
     kernel: str = "6.12"
     qemu: str | None = None
     machine: Literal["q35", "pc"] = "q35"
@@ -124,7 +165,15 @@ class VmConfig:
     append: tuple[str, ...] = ()
     from_disk: bool = False
     shared_memory: bool = True
+    memory_file: Path | None = None
+    overlays: tuple[Path | bytes, ...] = ()
+    init: str | None = None
     extra: tuple[str, ...] = ()
+
+    @property
+    def disk_count(self) -> int:
+        """How many disks the guest will find."""
+        return len(self.disks) + sum(isinstance(device, Drive) for device in self.devices)
 
 
 @dataclass(frozen=True)
@@ -179,6 +228,34 @@ def device_arguments(disk: Device, qemu: images.QemuCommand, bus: str | None = N
     return ["-chardev", chardev, "-device", device]
 
 
+def other_device_arguments(device: OtherDevice, qemu: images.QemuCommand) -> list[str]:
+    """QEMU's arguments for a device that is no member's disk. Raises :class:`GuestError` for one that QEMU lacks."""
+    match device:
+        case Drive():
+            node = f"node-{device.id}"
+            file = f"driver=raw,node-name={node},file.driver=file,file.filename={qemu_args.escape(device.image)}"
+            return ["-blockdev", file, "-device", f"virtio-blk-pci,id={device.id},drive={node}"]
+        case FileSystem():
+            # No reconnecting: QEMU doesn't start a file system again that it has lost.
+            chardev = f"socket,id=char-{device.id},path={qemu_args.escape(device.socket)}"
+            what = f"vhost-user-fs-pci,id={device.id},chardev=char-{device.id},tag={qemu_args.escape(device.tag)}"
+            return ["-chardev", chardev, "-device", f"{what},num-request-queues={device.queues}"]
+        case VhostUserDevice(via="vfio-user"):
+            return ["-device", json.dumps(_function_properties(Function(device.socket, device.id), qemu, None))]
+        case _:
+            if qemu.series < VHOST_USER_DEVICE_SINCE:
+                wanted = ".".join(map(str, VHOST_USER_DEVICE_SINCE))
+                raise GuestError(
+                    f"QEMU {qemu.version} has no vhost-user device with shared memory; needed: {wanted} or later"
+                )
+            # rxq, txq, two doorbells for each queue, and that of the log. Connected already when QEMU makes the device,
+            # and never again: this device of QEMU's can't reconnect.
+            what = f"vhost-user-test-device-pci,id={device.id},chardev=char-{device.id},virtio-id=32"
+            what += f",num_vqs={2 * device.max_queues + 3},config_size=24,vq_size=64"
+            chardev = f"socket,id=char-{device.id},path={qemu_args.escape(device.socket)}"
+            return ["-chardev", chardev, "-device", what]
+
+
 def _reconnect(qemu: images.QemuCommand) -> tuple[str, int]:
     """How this version is told to come back when the group is restarted: option and value."""
     return ("reconnect-ms", 200) if qemu.series >= qemu_args.RECONNECT_MS_SINCE else ("reconnect", 1)
@@ -198,8 +275,9 @@ def kernel_arguments(config: VmConfig) -> str:
     return " ".join(
         [
             "console=ttyS0 loglevel=5 panic=-1 no_timer_check tsc=unstable random.trust_cpu=on",
-            f"vhu.port=ttyS1 vhu.task={config.task} vhu.disks={len(config.disks)} vhu.run={config.run}",
+            f"vhu.port=ttyS1 vhu.task={config.task} vhu.disks={config.disk_count} vhu.run={config.run}",
             f"vhu.host={config.host_kib} vhu.guest={config.guest_kib} vhu.writers={config.writers}",
+            *([f"rdinit={config.init}"] if config.init is not None else []),
             *config.append,
         ]
     )
@@ -240,10 +318,13 @@ def vm_arguments(config: VmConfig, qemu: images.QemuCommand, kernel: images.Gues
     argv += ["-machine", f"{config.machine},accel=tcg,memory-backend=ram"]
     # vhost-user needs guest memory that can be handed over as an fd; vfio-user would have to copy through its socket.
     backend = "memory-backend-memfd,share=on" if config.shared_memory else "memory-backend-ram"
+    if config.memory_file is not None:
+        backend = f"memory-backend-file,share=on,mem-path={qemu_args.escape(config.memory_file)}"
     argv += ["-object", f"{backend},id=ram,size={config.memory_mib}M"]
     argv += ["-m", f"{config.memory_mib}M", "-smp", str(config.cpus)]
     if not config.from_disk:
-        argv += ["-kernel", str(kernel.vmlinuz), "-initrd", str(kernel.initramfs), "-append", kernel_arguments(config)]
+        initrd = log_dir / "initrd" if config.overlays else kernel.initramfs
+        argv += ["-kernel", str(kernel.vmlinuz), "-initrd", str(initrd), "-append", kernel_arguments(config)]
     argv += [
         "-chardev",
         f"file,id=console,path={qemu_args.escape(log_dir / 'console.log')}",
@@ -258,6 +339,8 @@ def vm_arguments(config: VmConfig, qemu: images.QemuCommand, kernel: images.Gues
     for disk in config.disks:
         bus = f"port-{disk.id}" if isinstance(disk, Function) and disk.port else None
         argv += device_arguments(disk, qemu, bus)
+    for device in config.devices:
+        argv += other_device_arguments(device, qemu)
     return [*argv, *config.extra]
 
 
@@ -339,6 +422,9 @@ class Vm:
 
     async def _start(self, nursery: trio.Nursery) -> None:
         argv = vm_arguments(self.config, self.qemu, self.kernel, self.log_dir)
+        if self.config.overlays:
+            parts = (self.kernel.initramfs, *self.config.overlays)
+            await trio.to_thread.run_sync(_write_initrd, self.log_dir / "initrd", parts)
         control, control_peer = stdlib_socket.socketpair()
         qmp, qmp_peer = stdlib_socket.socketpair()
         try:
@@ -380,6 +466,8 @@ class Vm:
             with trio.move_on_after(2):
                 await self._exited.wait()
             raise self._error(GuestError, f"QEMU gave no QMP connection: {error}") from error
+        # QEMU has read it. The others in the log directory are kept, and small.
+        (self.log_dir / "initrd").unlink(missing_ok=True)
 
     async def _stop(self) -> None:
         """End QEMU, by force if it must be, and reap it. Runs shielded and bounded."""
@@ -677,6 +765,11 @@ class Vm:
         raise self._error(GuestError, f"QEMU keeps the chardev of {disk_id}")
 
 
+def _write_initrd(path: Path, parts: Sequence[Path | bytes]) -> None:
+    with path.open("wb") as file:
+        initramfs.join(file, parts)
+
+
 def _open_log(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
@@ -727,6 +820,13 @@ async def open_vm(config: VmConfig, on_message: Callable[[Message], None] | None
         if isinstance(disk, Function):
             # Also here, before anything is started.
             device_arguments(disk, qemu)
+    for device in config.devices:
+        other_device_arguments(device, qemu)
+        if isinstance(device, Drive):
+            if not await trio.Path(device.image).exists():
+                raise GuestError(f"there is no image {device.image}")
+        elif not await trio.Path(device.socket).is_socket():
+            raise GuestError(f"nobody listens on {device.socket}")
     failure: Exception | None = None
     async with trio_asyncio.open_loop(), trio.open_nursery() as nursery:
         vm = Vm(config, qemu, kernel, log_dir, on_message)
@@ -986,6 +1086,21 @@ class OwnerSpec:
     read_only: bool = False
 
 
+@dataclass(frozen=True)
+class VhostUserDeviceSpec:
+    """A virtio-vhost-user device of a :class:`ServedGroup`: to one guest a PCI device over vhost-user, with `vfio_user`
+    another over vfio-user, to others a back end. `ram_file` is the memory of the guest that is the front end, if that
+    is a file known beforehand, and `ram_mib` its size.
+    """
+
+    name: str
+    max_queues: int = 1
+    shared_memory: str = "4GiB"
+    vfio_user: bool = False
+    ram_file: Path | None = None
+    ram_mib: int = 0
+
+
 class ServedGroup:
     """A group served by ``vhu-legacy serve`` as users start it; made by :func:`serve_group`."""
 
@@ -1029,6 +1144,14 @@ class ServedGroup:
         """Where the owner, the PF, listens for a vfio-user client."""
         return self.function_socket(0, "owner")
 
+    def vhost_user_device_socket(self, name: str, via: Via) -> Path:
+        """Where a virtio-vhost-user device listens for the QEMU of the guest that is the back end."""
+        return self.run_dir / device_socket_name(name, via)
+
+    def front_end_socket(self, name: str) -> Path:
+        """Where a virtio-vhost-user device listens for the front end, the QEMU of the other guest."""
+        return self.run_dir / device_socket_name(name, "front")
+
     def log_complaints(self) -> list[str]:
         """The log's lines of level warning or worse, over all processes that served the group, and what is no log line.
         Call it from a thread.
@@ -1039,8 +1162,15 @@ class ServedGroup:
     def _error(self, reason: str) -> GuestError:
         return GuestError("\n".join([reason, *_tail(self.log)]), self.log)
 
-    async def _start(self, members: Sequence[MemberSpec], name: str, owner: OwnerSpec | None) -> None:
-        await trio.Path(self.directory / "group.toml").write_text(group_file(members, name, owner))
+    async def _start(
+        self,
+        members: Sequence[MemberSpec],
+        name: str,
+        owner: OwnerSpec | None,
+        vhost_user_devices: Sequence[VhostUserDeviceSpec],
+    ) -> None:
+        text = group_file(members, name, owner, vhost_user_devices)
+        await trio.Path(self.directory / "group.toml").write_text(text)
         await self._launch()
 
     async def _launch(self) -> None:
@@ -1152,7 +1282,12 @@ class ServedGroup:
         return self.exit_status if self.exit_status is not None else -signal.SIGKILL
 
 
-def group_file(members: Sequence[MemberSpec], name: str, owner: OwnerSpec | None = None) -> str:
+def group_file(
+    members: Sequence[MemberSpec],
+    name: str,
+    owner: OwnerSpec | None = None,
+    vhost_user_devices: Sequence[VhostUserDeviceSpec] = (),
+) -> str:
     """The text of a group file."""
     text = f"[group]\nname = {json.dumps(name)}\n"
     if owner is not None:
@@ -1170,6 +1305,12 @@ def group_file(members: Sequence[MemberSpec], name: str, owner: OwnerSpec | None
         text += "in_order = true\n" if member.in_order else ""
         text += "shared = true\n" if member.shared else ""
         text += "" if member.vectors is None else f"vectors = {member.vectors}\n"
+    for device in vhost_user_devices:
+        text += f"\n[[vhost_user_devices]]\nname = {json.dumps(device.name)}\nmax_queues = {device.max_queues}\n"
+        text += f"shared_memory = {json.dumps(device.shared_memory)}\n"
+        text += "vfio_user = true\n" if device.vfio_user else ""
+        if device.ram_file is not None:
+            text += f'ram_file = {json.dumps(str(device.ram_file))}\nram_size = "{device.ram_mib}MiB"\n'
     return text
 
 
@@ -1181,9 +1322,10 @@ async def serve_group(
     name: str = "guests",
     engine: str = "native",
     owner: OwnerSpec | None = None,
+    vhost_user_devices: Sequence[VhostUserDeviceSpec] = (),
 ) -> AsyncIterator[ServedGroup]:
-    """Serve these members from `directory` (group file, run directory and log go there) until the context is
-    left.
+    """Serve these members and devices from `directory` (group file, run directory and log go there) until the context
+    is left.
 
     Members get the ids 1, 2, … in order. Raises :class:`GuestError` when the group does not come up. On
     errors and cancellation the process is ended and reaped.
@@ -1192,7 +1334,7 @@ async def serve_group(
     async with trio_asyncio.open_loop():
         group = ServedGroup(directory, engine)
         try:
-            await group._start(members, name, owner)
+            await group._start(members, name, owner, vhost_user_devices)
             yield group
         except Exception as error:
             # Raised again below: crossing the loop's nursery could wrap it.

@@ -13,6 +13,7 @@ Layout of the cache (``$VHU_LEGACY_CACHE``, else ``$XDG_CACHE_HOME/vhu-legacy``,
     apt/                      private apt root: lists, package archive, source lists, keyring
     kernels/6.12/             vmlinuz, initramfs.img, stamp.json
     qemu/11.1/                root/ (unpacked packages), stamp.json
+    daemons/trixie/           initramfs.img (vhost-user daemons, to be laid over a kernel's), stamp.json
 
 An artifact is built in a scratch directory beside its place and renamed into it; ``stamp.json`` records what
 it was built from and the SHA-256 of each file, so an interrupted build leaves nothing and a damaged file
@@ -43,12 +44,15 @@ from typing import Any
 import trio
 from rich.progress import Progress, TaskID
 
+from . import initramfs
 from .errors import ImagesError
 from .running import run
 
 KERNELS = ("5.10", "6.1", "6.12", "7.2")
 QEMUS = ("7.2", "11.1")
 FETCHABLE_QEMUS = ("7.2", "10.0", "11.1")
+DAEMONS = ("trixie",)
+"""Releases whose qemu-storage-daemon and virtiofsd a guest can have."""
 
 # Bump to rebuild every artifact when the way of building them changes.
 _FORMAT = 2
@@ -137,6 +141,9 @@ _QEMU_SUITES: Mapping[str, tuple[_SuiteSet, ...]] = {
     ),
     "11.1": (_TRIXIE_BACKPORTS, _SuiteSet("forky", ("forky",)), _SuiteSet("sid", ("sid",))),
 }
+
+_DAEMON_SUITES: Mapping[str, _SuiteSet] = {"trixie": _SuiteSet("trixie", _release("trixie"))}
+_DAEMON_PACKAGES = ("qemu-utils", "virtiofsd")
 
 # Directories of an unpacked QEMU root that no emulator reads; dropping them keeps the cache small and its
 # check quick.
@@ -815,6 +822,7 @@ def _busybox() -> Path:
 
 
 def _module_names() -> list[str]:
+    """What modules.list names, marks included."""
     lines = (line.split("#", 1)[0].strip() for line in (_IMAGES_DIR / "modules.list").read_text().splitlines())
     return [line for line in lines if line]
 
@@ -827,6 +835,7 @@ def _kernel_inputs(version: str) -> dict[str, Any]:
         "format": _FORMAT,
         "series": version,
         "init": _sha256(init),
+        "common": _sha256(_IMAGES_DIR / "common"),
         "load": _sha256(_IMAGES_DIR / "load.c"),
         "modules": _sha256(_IMAGES_DIR / "modules.list"),
         "busybox": _sha256(_busybox()),
@@ -928,18 +937,42 @@ def _fill_initramfs(unpacked: Path, release: str, tree: Path) -> list[str]:
     (tree / "bin" / "busybox").chmod(0o755)
     shutil.copyfile(_IMAGES_DIR / "init", tree / "init")
     (tree / "init").chmod(0o755)
+    shutil.copyfile(_IMAGES_DIR / "common", tree / "common")
     # Compiled into this place later.
     (tree / "bin" / "load").touch()
     directories = [unpacked / "usr/lib/modules" / release, unpacked / "lib/modules" / release]
     modules = next((path for path in directories if path.is_dir()), None)
     if modules is None:
         raise ImagesError(f"the kernel packages hold no modules of {release}")
-    order = []
-    for name, data in resolve_modules(modules, _module_names()):
-        (tree / "modules" / f"{name}.ko").write_bytes(data)
-        order.append(name)
-    (tree / "modules" / "order").write_text("".join(f"{name}\n" for name in order))
+    _add_wanted_modules(modules, _module_names(), tree / "modules")
     return sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
+
+
+def _add_wanted_modules(modules: Path, wanted: Iterable[str], target: Path) -> None:
+    """The modules, with the list of those to load at the start, and one for each that is loaded on request."""
+    at_start = []
+    for name in wanted:
+        if name[0] != "+":
+            at_start.append(name)
+            continue
+        module = name.strip("+?")
+        try:
+            order = _add_modules(modules, [module], target)
+        except ImagesError:
+            if not name.endswith("?"):
+                raise
+            continue
+        # Empty for one that is built in: the guest has to tell that from one that isn't there.
+        (target / f"{_module_name(module)}.order").write_text(order)
+    (target / "order").write_text(_add_modules(modules, at_start, target))
+
+
+def _add_modules(modules: Path, wanted: Iterable[str], target: Path) -> str:
+    """The list of what has to be loaded for these, in order."""
+    resolved = resolve_modules(modules, wanted)
+    for name, data in resolved:
+        (target / f"{name}.ko").write_bytes(data)
+    return "".join(f"{name}\n" for name, _ in resolved)
 
 
 def resolve_modules(directory: Path, wanted: Iterable[str]) -> list[tuple[str, bytes]]:
@@ -1170,37 +1203,97 @@ def _is_series(version: str, series: str) -> bool:
     return version == series or version.startswith(f"{series}.")
 
 
+# --- daemons -----------------------------------------------------------------------------------------------
+
+
+def _daemon_inputs(release: str) -> dict[str, Any]:
+    return {"format": _FORMAT, "release": release, "programs": list(initramfs.DAEMON_PROGRAMS)}
+
+
+async def _build_daemons(apt: AptRoot, place: Path, release: str, _refresh: bool, report: _Report) -> str:
+    suites = _DAEMON_SUITES[release]
+    problems = await apt.update(suites, report)
+    wanted: dict[str, str] = {}
+    names: list[str] = []
+    for package in _DAEMON_PACKAGES:
+        found = await apt.versions([package], suites)
+        if not found:
+            missing = f"no package {package} in {', '.join(suites.suites)}"
+            raise ImagesError("\n".join(filter(None, [missing, problems])))
+        wanted[package] = found[-1][1]
+        names += await apt.closure(package, wanted[package], suites)
+    files = await apt.download(list(dict.fromkeys(names)), suites, report)
+    report.step(f"unpacking {len(files)} packages")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(place) as scratch, _scratch(place.with_name(f"{place.name}-unpacked")) as root:
+        for number, file in enumerate(files, 1):
+            await _run(["dpkg-deb", "-x", file, root])
+            report.percent(100 * number / len(files))
+        await trio.to_thread.run_sync(initramfs.write_daemons, root, scratch / "initramfs.img")
+        version = ", ".join(f"{package} {version}" for package, version in wanted.items())
+        facts = {"version": version, "packages": await trio.to_thread.run_sync(_digests, files)}
+        await trio.to_thread.run_sync(_finish, scratch, place, _daemon_inputs(release), facts)
+    return version
+
+
 # --- the module's interface --------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of artifact: its directory in the cache, how messages call it, what it is built from and how."""
+
+    directory: str
+    title: str
+    inputs: Callable[[str], dict[str, Any]]
+    build: Callable[[AptRoot, Path, str, bool, _Report], Awaitable[str]]
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "kernel": _Kind("kernels", "kernel", _kernel_inputs, _build_kernel),
+    "qemu": _Kind("qemu", "QEMU", _qemu_inputs, _build_qemu),
+    "daemons": _Kind("daemons", "daemons", _daemon_inputs, _build_daemons),
+}
+
+
 async def ensure(
-    kernels: Iterable[str], qemus: Iterable[str], progress: Progress | None = None, *, refresh: bool = False
+    kernels: Iterable[str],
+    qemus: Iterable[str],
+    progress: Progress | None = None,
+    *,
+    daemons: Iterable[str] = (),
+    refresh: bool = False,
 ) -> None:
-    """Have these kernel and QEMU series ready in the cache; builds what is missing, stale or damaged.
+    """Have these kernel and QEMU series, and daemons of these releases, ready in the cache; builds what is missing,
+    stale or damaged.
 
     A QEMU series that the machine itself has is not fetched. Needs no network when everything is there. With
     `refresh`, what is there is rebuilt from the newest packages. Raises :class:`ImagesError`; a build that
     fails or is cancelled leaves what was there before and keeps finished downloads.
     """
-    kernels, qemus = list(dict.fromkeys(kernels)), list(dict.fromkeys(qemus))
+    kernels, qemus, daemons = (list(dict.fromkeys(names)) for names in (kernels, qemus, daemons))
     for name in kernels:
         if name not in KERNELS:
             raise ImagesError(f"unknown kernel {name!r}; known: {', '.join(KERNELS)}")
     for name in qemus:
         if name not in FETCHABLE_QEMUS:
             raise ImagesError(f"unknown QEMU {name!r}; known: {', '.join(FETCHABLE_QEMUS)}")
+    for name in daemons:
+        if name not in DAEMONS:
+            raise ImagesError(f"no daemons of {name!r}; known: {', '.join(DAEMONS)}")
     machine = await trio.to_thread.run_sync(system_qemu)
     wanted: list[tuple[str, str]] = [("kernel", name) for name in kernels]
     wanted += [("qemu", name) for name in qemus if machine is None or not _is_series(machine.version, name)]
+    wanted += [("daemons", name) for name in daemons]
     report = _Report(progress)
     report.start("cache")
     async with _locked(report) as cache:
         report.done(str(cache))
         apt: AptRoot | None = None
         for kind, name in wanted:
-            report.start(f"{'kernel' if kind == 'kernel' else 'QEMU'} {name}")
+            report.start(f"{_KINDS[kind].title} {name}")
             place = _place(cache, kind, name)
-            inputs = await trio.to_thread.run_sync(_inputs, kind, name)
+            inputs = await trio.to_thread.run_sync(_KINDS[kind].inputs, name)
             state = await trio.to_thread.run_sync(_state, place, inputs)
             if state == "ready" and not refresh:
                 report.done("ready")
@@ -1209,18 +1302,11 @@ async def ensure(
                 report.step(f"{state}, building again" if state != "ready" else "building again")
             if apt is None:
                 apt = await trio.to_thread.run_sync(AptRoot, cache / "apt")
-            build: Callable[[AptRoot, Path, str, bool, _Report], Awaitable[str]] = (
-                _build_kernel if kind == "kernel" else _build_qemu
-            )
-            report.done(f"ready ({await build(apt, place, name, refresh, report)})")
+            report.done(f"ready ({await _KINDS[kind].build(apt, place, name, refresh, report)})")
 
 
 def _place(cache: Path, kind: str, name: str) -> Path:
-    return cache / ("kernels" if kind == "kernel" else "qemu") / name
-
-
-def _inputs(kind: str, name: str) -> dict[str, Any]:
-    return _kernel_inputs(name) if kind == "kernel" else _qemu_inputs(name)
+    return cache / _KINDS[kind].directory / name
 
 
 def status() -> list[ImageStatus]:
@@ -1230,9 +1316,10 @@ def status() -> list[ImageStatus]:
     rows = []
     if machine is not None:
         rows.append(ImageStatus("qemu", "system", "system", machine.version, None, Path(machine.argv[0])))
-    for kind, name in [("kernel", name) for name in KERNELS] + [("qemu", name) for name in FETCHABLE_QEMUS]:
+    known = {"kernel": KERNELS, "qemu": FETCHABLE_QEMUS, "daemons": DAEMONS}
+    for kind, name in [(kind, name) for kind, names in known.items() for name in names]:
         place = _place(cache, kind, name)
-        state = _state(place, _inputs(kind, name))
+        state = _state(place, _KINDS[kind].inputs(name))
         stamp = _read_stamp(place)
         if state == "missing" and kind == "qemu" and machine is not None and _is_series(machine.version, name):
             rows.append(ImageStatus(kind, name, "system", machine.version, None, Path(machine.argv[0])))
@@ -1280,6 +1367,16 @@ def kernel(version: str) -> GuestKernel:
     return GuestKernel(place / "vmlinuz", place / "initramfs.img", stamp["facts"]["release"])
 
 
+def daemons(release: str = DAEMONS[0]) -> Path:
+    """The archive of vhost-user daemons that is laid over a guest's initramfs. Raises :class:`ImagesError` when it is
+    not in the cache; see :func:`ensure`.
+    """
+    place = _place(cache_dir(), "daemons", release)
+    if _read_stamp(place) is None:
+        raise ImagesError(f"the daemons of {release} are not in the cache: run `make images`")
+    return place / "initramfs.img"
+
+
 def clean() -> int:
     """Remove downloaded packages and lists (not the artifacts); the number of bytes freed. Call it from a
     thread.
@@ -1291,21 +1388,23 @@ def clean() -> int:
 
 
 async def main(argv: Sequence[str]) -> int:
-    """``python -m vhu_legacy.images [kernel|qemu series ...]``: used by the Makefile; everything when
-    nothing is named.
+    """``python -m vhu_legacy.images [kernel:SERIES|qemu:SERIES|daemons:RELEASE ...]``: used by the Makefile; everything
+    when nothing is named.
     """
     kernels = [name.removeprefix("kernel:") for name in argv if name.startswith("kernel:")]
     qemus = [name.removeprefix("qemu:") for name in argv if name.startswith("qemu:")]
+    daemons = [name.removeprefix("daemons:") for name in argv if name.startswith("daemons:")]
     if not argv:
-        kernels, qemus = list(KERNELS), list(QEMUS)
-    if len(kernels) + len(qemus) < len(argv):
-        print("usage: python -m vhu_legacy.images [kernel:SERIES|qemu:SERIES ...]", file=sys.stderr)
+        kernels, qemus, daemons = list(KERNELS), list(QEMUS), list(DAEMONS)
+    if len(kernels) + len(qemus) + len(daemons) < len(argv):
+        usage = "usage: python -m vhu_legacy.images [kernel:SERIES|qemu:SERIES|daemons:RELEASE ...]"
+        print(usage, file=sys.stderr)
         return 2
     from rich.console import Console
 
     try:
         with Progress(console=Console(stderr=True), transient=False) as progress:
-            await ensure(kernels, qemus, progress)
+            await ensure(kernels, qemus, progress, daemons=daemons)
     except ImagesError as error:
         print(f"images: {error}", file=sys.stderr)
         return 1
