@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -255,6 +256,83 @@ def test_a_region_with_capabilities(serve: Callable[[Script], Path]) -> None:
         assert region.capabilities == bytes(32)
         assert region.fd is not None
         os.close(region.fd)
+
+
+def region_answer(room: int, cap_offset: int, capabilities: bytes, flags: int = 0xF) -> bytes:
+    whole = struct.pack("<IIIIQQ", 32 + len(capabilities), flags, 4, cap_offset, 0x4000, 0x1000) + capabilities
+    return whole[:32] if room < len(whole) else whole
+
+
+def areas(*listed: tuple[int, int], count: int | None = None, following: int = 0) -> bytes:
+    head = struct.pack("<HHIII", 1, 1, following, len(listed) if count is None else count, 0)
+    return head + b"".join(struct.pack("<QQ", *area) for area in listed)
+
+
+def test_a_region_is_mapped(serve: Callable[[Script], Path]) -> None:
+    """The fd comes with the whole answer only, and the region begins somewhere in its file."""
+    file = os.memfd_create("region")
+    os.ftruncate(file, 0x5000)
+    os.pwrite(file, b"there", 0x3000)
+
+    def script(peer: Peer) -> None:
+        other = struct.pack("<HHI", 9, 1, 40)
+        for room in (32, 88):
+            number, _, _, asked = peer.command()
+            assert asked[:4] == struct.pack("<I", room)
+            payload = region_answer(room, 32, other + areas((0, 0x1000), (0x2000, 0x2000)))
+            data = HEADER.pack(number, 5, 16 + len(payload), 1, 0) + payload
+            socket.send_fds(peer.socket, [data], [file] if room == 88 else [])
+
+    with client_of(serve(script)) as client:
+        mapped = client.map_region(4)
+        assert {offset: len(area) for offset, area in mapped.items()} == {0: 0x1000, 0x2000: 0x2000}
+        assert mapped[0x2000][:5] == b"there"
+        mapped[0][:4] = b"here"
+        assert os.pread(file, 4, 0x1000) == b"here"
+        for area in mapped.values():
+            area.close()
+    os.close(file)
+
+
+@pytest.mark.parametrize(
+    ("cap_offset", "capabilities", "reason"),
+    [
+        (0, areas((0, 0x1000)), "capabilities at 0"),
+        (65, areas((0, 0x1000)), "capabilities at 65"),
+        (60, areas((0, 0x1000)), "capability at 60"),
+        (56, areas((0, 1)), "without its length"),
+        (32, areas((0, 0x1000), count=2), "2 areas"),
+        (32, areas((0x3000, 0x1001)), "areas"),
+        (32, struct.pack("<HHI", 9, 1, 32) + bytes(24), "followed by one at 32"),
+    ],
+    ids=["none", "outside", "torn", "no-length", "short", "too-large", "loop"],
+)
+def test_a_region_with_capabilities_that_make_no_sense(
+    serve: Callable[[Script], Path], cap_offset: int, capabilities: bytes, reason: str
+) -> None:
+    def script(peer: Peer) -> None:
+        # It doesn't ask again when the first answer is wrong already.
+        with suppress(EOFError):
+            number, _, _, _ = peer.command()
+            peer.reply(number, 5, region_answer(32, cap_offset, capabilities))
+            number, _, _, asked = peer.command()
+            room = int.from_bytes(asked[:4], "little")
+            peer.reply(number, 5, region_answer(room, cap_offset, capabilities))
+
+    with client_of(serve(script)) as client, pytest.raises(ProtocolViolation, match=reason):
+        client.region_info(4)
+
+
+def test_a_mapped_region_needs_its_fd(serve: Callable[[Script], Path]) -> None:
+    def script(peer: Peer) -> None:
+        for flags in (0x7, 0x3):
+            number, _, _, _ = peer.command()
+            peer.reply(number, 5, region_answer(32, 0, b"", flags))
+
+    with client_of(serve(script)) as client:
+        with pytest.raises(ProtocolViolation, match="no fd"):
+            client.map_region(4)
+        assert client.map_region(4) == {}
 
 
 def test_errors(serve: Callable[[Script], Path]) -> None:

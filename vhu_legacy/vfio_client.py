@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import mmap
 import os
 import select
 import socket
@@ -59,6 +60,9 @@ _DMA_MAP: Final = struct.Struct("<IIQQQ")
 _DMA_UNMAP: Final = struct.Struct("<IIQQ")
 _DEVICE_INFO: Final = struct.Struct("<IIII")
 _REGION_INFO: Final = struct.Struct("<IIIIQQ")
+_CAPABILITY: Final = struct.Struct("<HHI")
+_SPARSE_MMAP: Final = struct.Struct("<HHIII")
+_AREA: Final = struct.Struct("<QQ")
 _IRQ_INFO: Final = struct.Struct("<IIII")
 _IRQ_SET: Final = struct.Struct("<IIIII")
 _ACCESS: Final = struct.Struct("<QII")
@@ -137,6 +141,8 @@ REGION_READABLE: Final = 1 << 0
 REGION_WRITABLE: Final = 1 << 1
 REGION_MMAP: Final = 1 << 2
 REGION_CAPS: Final = 1 << 3
+
+_CAP_SPARSE_MMAP: Final = 1
 
 
 class VfioError(VhuError):
@@ -237,6 +243,8 @@ class RegionInfo:
     """What follows the fixed part, as it came."""
     fd: int | None = None
     """The caller's to close."""
+    areas: tuple[tuple[int, int], ...] = ()
+    """What can be mapped: offset in the region, and bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +274,32 @@ class Counters:
     dma_reads: int = 0
     dma_writes: int = 0
     dma_refused: int = 0
+
+
+def _mappable_areas(info: bytes, flags: int, cap_offset: int, size: int) -> tuple[tuple[int, int], ...]:
+    """Those that a whole region info lists, or else all of the region."""
+    if not flags & REGION_MMAP:
+        return ()
+    at = cap_offset if flags & REGION_CAPS else 0
+    while at:
+        if at + _CAPABILITY.size > len(info):
+            raise ProtocolViolation(f"a region's capability at {at} of {len(info)} bytes")
+        kind, _version, following = _CAPABILITY.unpack_from(info, at)
+        if kind == _CAP_SPARSE_MMAP:
+            if at + _SPARSE_MMAP.size > len(info):
+                raise ProtocolViolation("a list of areas without its length")
+            *_, count, _reserved = _SPARSE_MMAP.unpack_from(info, at)
+            listed = info[at + _SPARSE_MMAP.size :]
+            if count * _AREA.size > len(listed):
+                raise ProtocolViolation(f"{count} areas in {len(listed)} bytes")
+            areas = tuple(_AREA.unpack_from(listed, number * _AREA.size) for number in range(count))
+            if any(offset + length > size for offset, length in areas):
+                raise ProtocolViolation(f"areas {areas} in a region of {size:#x} bytes")
+            return areas
+        if following and following <= at:
+            raise ProtocolViolation(f"a region's capability at {at} is followed by one at {following}")
+        at = following
+    return ((0, size),)
 
 
 class VfioClient:
@@ -634,17 +668,50 @@ class VfioClient:
                 reply.close_fds()
                 what = f"{len(reply.payload)} bytes and {len(reply.fds)} fds"
                 raise ProtocolViolation(f"region info {index}: {what} for an argsz of {room}")
-            argsz, flags, got, _cap_offset, size, offset = _REGION_INFO.unpack_from(reply.payload)
+            argsz, flags, got, cap_offset, size, offset = _REGION_INFO.unpack_from(reply.payload)
             if got != index:
                 reply.close_fds()
                 raise ProtocolViolation(f"region info of {got} instead of {index}")
+            if flags & REGION_CAPS and not _REGION_INFO.size <= cap_offset <= argsz:
+                # Already when there is no room for them: QEMU gives the device up.
+                reply.close_fds()
+                raise ProtocolViolation(f"region info {index}: capabilities at {cap_offset} of {argsz} bytes")
             if argsz <= room:
                 break
             reply.close_fds()
             room = argsz
-        return RegionInfo(
-            index, flags, size, offset, reply.payload[_REGION_INFO.size :], reply.fds[0] if reply.fds else None
+        try:
+            areas = _mappable_areas(reply.payload, flags, cap_offset, size)
+        except ProtocolViolation:
+            reply.close_fds()
+            raise
+        fd = reply.fds[0] if reply.fds else None
+        return RegionInfo(index, flags, size, offset, reply.payload[_REGION_INFO.size :], fd, areas)
+
+    def map_region(self, index: int) -> dict[int, mmap.mmap]:
+        """Map what can be mapped of a region; by offset in the region, the caller's to close.
+
+        Raises ProtocolViolation when a region that can be mapped comes without its fd.
+        """
+        region = self.region_info(index)
+        if region.fd is None:
+            if region.areas:
+                raise ProtocolViolation(f"region {index} can be mapped, but there is no fd")
+            return {}
+        mapped: dict[int, mmap.mmap] = {}
+        access = (mmap.PROT_READ if region.flags & REGION_READABLE else 0) | (
+            mmap.PROT_WRITE if region.flags & REGION_WRITABLE else 0
         )
+        try:
+            for offset, size in region.areas:
+                mapped[offset] = mmap.mmap(region.fd, size, mmap.MAP_SHARED, access, offset=region.offset + offset)
+        except BaseException:
+            for area in mapped.values():
+                area.close()
+            raise
+        finally:
+            os.close(region.fd)
+        return mapped
 
     def irq_info(self, index: int) -> IrqInfo:
         payload = self._plain(CommandCode.DEVICE_GET_IRQ_INFO, _IRQ_INFO.pack(_IRQ_INFO.size, 0, index, 0))

@@ -11,8 +11,11 @@
 //! | legacy       | 0x1000 ..., revision 0         | I/O: legacy interface  | MSI-X | none              |
 //! | transitional | 0x1000 ..., revision 0         | I/O: legacy interface  | MSI-X | virtio structures |
 //!
-//! Memory BARs are 32 bits wide: they are small, and firmware of old guests reaches them there (SeaBIOS and iPXE have to go
-//! through the configuration space for a BAR above 4 GiB). BAR0 of owner and modern functions is hardwired to zero, as
+//! A device with shared memory (virtio 1.4, 2.10) shows it as all of BAR4 where it shows its virtio structures: 64 bits wide
+//! and prefetchable, as it may be larger than everything below 4 GiB.
+//!
+//! The other memory BARs are 32 bits wide: they are small, and firmware of old guests reaches them there (SeaBIOS and iPXE have
+//! to go through the configuration space for a BAR above 4 GiB). BAR0 of owner and modern functions is hardwired to zero, as
 //! LEGACY_NOTIFY_INFO demands of virtual functions. The I/O BAR belongs to somebody else, who turns accesses into
 //! administration commands ([`IoPorts`]); everything else goes to the member at once.
 //!
@@ -23,6 +26,7 @@ use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::device::SharedMemory;
 use crate::error::{Error, Fault, Result};
 use crate::event::{Completion, Waker};
 use crate::member::{Front, Member, Progress};
@@ -34,7 +38,9 @@ use crate::pci::{
     command, pending_bytes, Bar, BarKind, ConfigBuilder, ConfigSpace, Effect, ExpressType, Identity, SrIov, Structure,
     BARS, CONFIG_SIZE, MAX_VECTORS, MSIX_ENTRY,
 };
-use crate::vfio_user::function::{Access, IrqChange, PciFunction, RegionInfo, CONFIG_REGION, IRQ_INTX, IRQ_MSIX};
+use crate::vfio_user::function::{
+    Access, IrqChange, Mappable, PciFunction, RegionInfo, CONFIG_REGION, IRQ_INTX, IRQ_MSIX,
+};
 use crate::worker::SourceHandle;
 
 /// The vendor of virtio devices.
@@ -45,6 +51,8 @@ pub const LEGACY_BAR: u8 = 0;
 pub const MSIX_BAR: u8 = 1;
 /// BAR with the virtio structures.
 pub const MODERN_BAR: u8 = 2;
+/// BAR with shared memory, and the one above it.
+pub const SHARED_MEMORY_BAR: u8 = 4;
 /// The common configuration in its BAR.
 pub const COMMON_OFFSET: u32 = 0;
 /// The ISR status in its BAR.
@@ -62,6 +70,8 @@ pub const NOTIFY_MULTIPLIER: u32 = 4;
 const COMMON_LENGTH: u32 = 64;
 /// Most bytes of a device configuration: what lies between its structure and the next one.
 const DEVICE_ROOM: u32 = NOTIFY_OFFSET - DEVICE_OFFSET;
+/// Shared memory id of the one region that a device may have.
+const SHARED_MEMORY_ID: u8 = 0;
 /// Smallest memory BAR, so that each has a page for itself.
 const PAGE: u64 = 4096;
 /// Subsystem ID of devices that aren't transitional: anything from 0x40 on.
@@ -567,6 +577,34 @@ impl Function {
         }
     }
 
+    /// QEMU offers a BAR that it has mapped for DMA, too (seen with 11.1.3), and has no fd for it. We do: without one, the
+    /// driver might have put a ring there, and each would be given a thread of its own.
+    fn own_memory(&self, region: &Region) -> std::result::Result<Option<Region>, Fault> {
+        let Some((file, length)) = shared_memory(self.front, &self.member).and_then(SharedMemory::file) else {
+            return Ok(None);
+        };
+        let start = {
+            let config = &self.lock().config;
+            let decoded = config.command() & command::MEMORY != 0;
+            config.bar_address(SHARED_MEMORY_BAR.into()).filter(|_| decoded)
+        };
+        // One that its driver has put over RAM hides the RAM from nobody but the device.
+        let offset = start.and_then(|start| region.guest.checked_sub(start));
+        let inside = offset
+            .and_then(|offset| offset.checked_add(region.size))
+            .is_some_and(|end| end <= length);
+        let (Some(offset), true, true) = (offset, inside, region.remote().is_some() && region.writable()) else {
+            return Ok(None);
+        };
+        let fd = file
+            .try_clone()
+            .map_err(|e| Fault::new("memory.map", format!("duplicating the shared memory's fd: {e}")))?;
+        let mappings = self.member.pool().mappings();
+        mappings
+            .region(&fd.into(), region.guest, region.size, region.guest, offset)
+            .map(Some)
+    }
+
     fn wait(&self, pending: Pending) -> Access {
         self.lock().pending = Some(pending);
         Access::Later
@@ -586,6 +624,11 @@ impl Function {
             }
             (Ok(MSIX_BAR), _) if self.vectors != 0 => self.table_read(offset, data),
             (Ok(MODERN_BAR), _) if self.front != Front::Legacy => self.modern_read(offset, data),
+            (Ok(SHARED_MEMORY_BAR), _) => {
+                if let Some(memory) = shared_memory(self.front, &self.member) {
+                    memory.read(offset, data);
+                }
+            }
             _ => {}
         }
         Access::Done
@@ -605,6 +648,12 @@ impl Function {
                 Access::Done
             }
             (Ok(MODERN_BAR), _) if self.front != Front::Legacy => self.modern_write(offset, data, wake),
+            (Ok(SHARED_MEMORY_BAR), _) => {
+                if let Some(memory) = shared_memory(self.front, &self.member) {
+                    memory.write(offset, data);
+                }
+                Access::Done
+            }
             _ => Access::Done,
         }
     }
@@ -777,6 +826,11 @@ fn initial_table(at: usize) -> u8 {
     u8::from(at % MSIX_ENTRY as usize == 12)
 }
 
+/// What BAR4 shows.
+fn shared_memory(front: Front, member: &Member) -> Option<&dyn SharedMemory> {
+    member.device().shared_memory().filter(|_| front != Front::Legacy)
+}
+
 /// The configuration space of a function.
 fn layout(front: Front, member: &Member, vfs: Option<&dyn VfControl>) -> Result<ConfigSpace> {
     let (id, vectors, queues) = (member.device().device_id(), member.vectors(), member.queue_count());
@@ -837,6 +891,12 @@ fn layout(front: Front, member: &Member, vfs: Option<&dyn VfControl>) -> Result<
             )
             .virtio_pci_cfg();
     }
+    if let Some(memory) = shared_memory(front, member) {
+        let kind = BarKind::Mem64 { prefetchable: true };
+        builder = builder
+            .bar(SHARED_MEMORY_BAR.into(), kind, memory.size())
+            .virtio_shared_memory(SHARED_MEMORY_ID, SHARED_MEMORY_BAR, 0, memory.size());
+    }
     if let Some(bar) = msix_bar(vectors) {
         builder = builder
             .bar(MSIX_BAR.into(), bar.kind, bar.size)
@@ -876,10 +936,14 @@ impl PciFunction for Function {
             CONFIG_REGION => CONFIG_SIZE as u64,
             _ => self.lock().config.bar(index as usize).map_or(0, |bar| bar.size),
         };
+        let memory = shared_memory(self.front, &self.member).filter(|_| index == u32::from(SHARED_MEMORY_BAR));
         RegionInfo {
             size,
             readable: size != 0,
             writable: size != 0,
+            mappable: memory
+                .and_then(SharedMemory::file)
+                .map(|(file, length)| Mappable { file, length }),
         }
     }
 
@@ -973,7 +1037,8 @@ impl PciFunction for Function {
     }
 
     fn dma_map(&self, region: Region) -> std::result::Result<(), Fault> {
-        self.member.add_function_memory(region)
+        let ours = self.own_memory(&region)?;
+        self.member.add_function_memory(ours.unwrap_or(region))
     }
 
     fn dma_unmap(&self, iova: u64, size: u64, wake: &dyn Fn() -> Waker) -> std::result::Result<Access, Fault> {

@@ -62,6 +62,7 @@ mod register {
     pub const ID_SR_IOV: u16 = 0x10;
 
     pub const CFG_PCI: u8 = 5;
+    pub const CFG_SHARED_MEMORY: u8 = 8;
 
     pub const MSIX_CONTROL: usize = 2;
     pub const MSIX_ENABLE: u16 = 0x8000;
@@ -445,6 +446,24 @@ impl ConfigBuilder {
         };
         self.inside.push((bar, u64::from(offset) + u64::from(length)));
         self.capability(r::ID_VENDOR, name, &bytes, &[]);
+        self
+    }
+
+    /// VIRTIO_PCI_CAP_SHARED_MEMORY_CFG: a shared memory region in a BAR (struct virtio_pci_cap64).
+    #[must_use]
+    pub fn virtio_shared_memory(mut self, id: u8, bar: u8, offset: u64, length: u64) -> Self {
+        let Some(end) = offset.checked_add(length).filter(|_| length != 0) else {
+            self.fail(format!("shared memory of {length:#x} bytes at {offset:#x}"));
+            return self;
+        };
+        let mut bytes = vec![24, r::CFG_SHARED_MEMORY, bar, id, 0, 0];
+        // All lower halves, then all upper ones.
+        for shift in [0, 32] {
+            bytes.extend(((offset >> shift) as u32).to_le_bytes());
+            bytes.extend(((length >> shift) as u32).to_le_bytes());
+        }
+        self.inside.push((bar, end));
+        self.capability(r::ID_VENDOR, "virtio-shared-memory", &bytes, &[]);
         self
     }
 

@@ -459,6 +459,36 @@ pub fn send(socket: RawFd, bytes: &[u8]) -> io::Result<usize> {
     usize::try_from(ret).map_err(|_| io::Error::last_os_error())
 }
 
+/// As `send`, with an fd that goes with the first byte. When anything was sent, so was the fd.
+///
+/// # Errors
+/// As for `send`.
+pub fn send_with_fd(socket: RawFd, bytes: &[u8], fd: &OwnedFd) -> io::Result<usize> {
+    let mut control = [0u64; CONTROL_WORDS];
+    let mut iov = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: a msghdr of zeroes is valid: no name, no data, no control.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut iov;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    // SAFETY: only computes the size of a header with one fd; there is room for many.
+    message.msg_controllen = unsafe { libc::CMSG_SPACE(size_of::<RawFd>() as u32) } as usize;
+    // SAFETY: the control buffer is live, aligned, and has room for a header with one fd, which is written before it is used.
+    unsafe {
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(size_of::<RawFd>() as u32) as usize;
+        libc::CMSG_DATA(header).cast::<RawFd>().write_unaligned(fd.as_raw_fd());
+    }
+    // SAFETY: the message describes live buffers, which the kernel only reads.
+    let ret = unsafe { libc::sendmsg(socket, &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
+    usize::try_from(ret).map_err(|_| io::Error::last_os_error())
+}
+
 /// Takes the next connection of a listening socket.
 ///
 /// # Errors

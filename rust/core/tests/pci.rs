@@ -651,3 +651,28 @@ fn mistakes_of_the_layout_are_refused() {
     // Twice the window: the last one counts, and nothing breaks.
     new().virtio_pci_cfg().virtio_pci_cfg().build().unwrap();
 }
+
+#[test]
+fn shared_memory() {
+    let build = |offset, length| {
+        ConfigBuilder::new(MODERN, 1)
+            .bar(4, MEM64, 1 << 40)
+            .virtio_shared_memory(5, 4, offset, length)
+            .build()
+    };
+    let space = build(0x12_3456_7000, 0x1_0000_2000).unwrap();
+    let capability = space.capabilities()[0];
+    assert_eq!((capability.id, capability.name), (9, "virtio-shared-memory"));
+    let mut bytes = [0; 24];
+    space.read(capability.offset.into(), &mut bytes);
+    assert_eq!(bytes[..8], [9, 0, 24, 8, 4, 5, 0, 0]);
+    let words: Vec<_> = bytes[8..]
+        .chunks_exact(4)
+        .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
+        .collect();
+    assert_eq!(words, [0x3456_7000, 0x2000, 0x12, 1]);
+    assert!(build(0, 1 << 40).is_ok());
+    for (offset, length) in [(0, 0), (1, 1 << 40), (1 << 40, 1), (u64::MAX, 2), (2, u64::MAX)] {
+        assert!(build(offset, length).is_err(), "{length:#x} bytes at {offset:#x}");
+    }
+}

@@ -8,6 +8,7 @@ mod common;
 mod vfio;
 
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,7 +21,7 @@ use vfio::*;
 use vhu_core::event::{Completion, Event};
 use vhu_core::memory::MAX_REGIONS;
 use vhu_core::sys;
-use vhu_core::vfio_user::function::PciFunction;
+use vhu_core::vfio_user::function::{Mappable, PciFunction};
 use vhu_core::vfio_user::server::{Server, GREETING};
 use vhu_core::worker::Pool;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -138,6 +139,85 @@ fn information() {
         client.ask(GET_REGION_IO_FDS, &words(&[4096, 0, 2, 0])),
         Ok(words(&[16, 0, 2, 0]))
     );
+}
+
+/// What QEMU asks, and what it makes of the answer: flags READ, MMAP and CAPS, one area from the beginning.
+#[test]
+fn a_region_that_can_be_mapped() {
+    let bed = Bed::new();
+    let file = memfd(0x8000);
+    file.write_all_at(b"hello", 0x1000).unwrap();
+    let mappable = Mappable {
+        file: Arc::new(file.try_clone().unwrap().into()),
+        length: 0x3000,
+    };
+    bed.fake.mappable.set(mappable).unwrap();
+    let before = fds_of(&file);
+    let mut client = bed.client();
+    let ask = |room: u32, index: u32| words(&[room, 0, index, 0, 0, 0, 0, 0]);
+    let mut fixed = words(&[64, 1 | 4 | 8, 2, 32]);
+    fixed.extend(longs(&[2 << 20, 0]));
+    // No room for the capability: how much it takes, where it will be, and no fd yet.
+    for room in [32, 48, 63] {
+        let (body, fds) = client.ask_with_fds(GET_REGION_INFO, &ask(room, 2));
+        assert_eq!(body, fixed, "argsz {room}");
+        assert!(fds.is_empty());
+    }
+    let mut whole = fixed.clone();
+    whole.extend([1, 0, 1, 0]);
+    whole.extend(words(&[0, 1, 0]));
+    whole.extend(longs(&[0, 0x3000]));
+    for room in [64, 4096] {
+        let (body, fds) = client.ask_with_fds(GET_REGION_INFO, &ask(room, 2));
+        assert_eq!(body, whole, "argsz {room}");
+        assert_eq!(fds.len(), 1);
+        let mut bytes = [0; 5];
+        fds[0].read_exact_at(&mut bytes, 0x1000).unwrap();
+        assert_eq!(&bytes, b"hello");
+    }
+    // Other regions have none, and nobody gets that of an answer that wasn't wanted.
+    client.send(GET_REGION_INFO, NO_REPLY, &ask(64, 2));
+    let (body, fds) = client.ask_with_fds(GET_REGION_INFO, &ask(64, 0));
+    assert_eq!(body[..16], words(&[32, 3, 0, 0])[..]);
+    assert!(fds.is_empty());
+    // Mapped or not, it can be read.
+    assert_eq!(client.read(2, 0x1000, 4), Ok(vec![0x77; 4]));
+    drop(client);
+    bed.free();
+    until("no fd is left", || fds_of(&file) == before);
+}
+
+/// Each answer has its own fd, also when the client doesn't read them until the socket is full.
+#[test]
+fn many_regions_that_can_be_mapped() {
+    const COUNT: usize = 400;
+    let bed = Bed::new();
+    let mappable = Mappable {
+        file: Arc::new(memfd(0x1000).into()),
+        length: 0x1000,
+    };
+    bed.fake.mappable.set(mappable).unwrap();
+    let mut client = bed.client();
+    let asked: Vec<(u16, u32)> = (0..COUNT)
+        .map(|n| {
+            let room = [32, 64][n % 2];
+            (
+                client.send(GET_REGION_INFO, 0, &words(&[room, 0, 2, 0, 0, 0, 0, 0])),
+                room,
+            )
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(20));
+    for (id, room) in asked {
+        let mut header = [0; 16];
+        let (count, fd) = client.socket.recv_with_fd(&mut header).unwrap();
+        assert_eq!(count, 16);
+        assert_eq!(header[..2], id.to_ne_bytes());
+        assert_eq!(fd.is_some(), room == 64);
+        let mut body = vec![0; room as usize];
+        client.socket.read_exact(&mut body).unwrap();
+    }
+    assert!(client.quiet());
 }
 
 #[test]

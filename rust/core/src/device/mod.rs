@@ -280,7 +280,8 @@ pub trait Device: Send + Sync {
     /// A queue's ring starts, over vhost-user. `continues`: where it was stopped, so that the driver may be the same one (resets
     /// and pauses look alike). Called with the registers' lock held.
     fn ring_starts(&self, _queue: u16, _continues: bool) {}
-    /// The front end has changed which rings may run. `ready`: all of them do. Called with the registers' lock held.
+    /// Rings run, or don't: the front end has changed that, or (`ready` only, perhaps more than once) a PCI function's driver.
+    /// `ready`: all of them do. Called with the registers' lock held.
     fn rings_changed(&self, _ready: bool) {}
     /// Fields of the device configuration, by offset and without holes.
     fn config_fields(&self) -> &'static [ConfigField];

@@ -1520,6 +1520,14 @@ impl Member {
                 self.owner.break_it(fault);
             }
         }
+        self.tell_ready(registers);
+    }
+
+    /// A PCI function's device learns that all of its rings run; that they don't any more it learns by a reset.
+    fn tell_ready(&self, registers: &Registers) {
+        if Self::all_run(registers, &*self.device) {
+            self.device.rings_changed(true);
+        }
     }
 
     /// Replaces all of guest memory.
@@ -1563,6 +1571,7 @@ impl Member {
                 Err(fault) => self.owner.break_it(fault),
             }
         }
+        self.tell_ready(&registers);
         Ok(())
     }
 

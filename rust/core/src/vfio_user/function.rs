@@ -21,7 +21,7 @@ pub const IRQ_INTX: u32 = 0;
 pub const IRQ_MSIX: u32 = 2;
 
 /// A region of a function.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RegionInfo {
     /// Bytes; 0: there is none.
     pub size: u64,
@@ -29,7 +29,26 @@ pub struct RegionInfo {
     pub readable: bool,
     /// It can be written.
     pub writable: bool,
+    /// The part of it that a client may map instead.
+    pub mappable: Option<Mappable>,
 }
+
+/// The beginning of a region that is the beginning of a file, too.
+#[derive(Clone, Debug)]
+pub struct Mappable {
+    /// The file.
+    pub file: Arc<OwnedFd>,
+    /// Bytes, whole pages of the file's.
+    pub length: u64,
+}
+
+impl PartialEq for Mappable {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.file, &other.file) && self.length == other.length
+    }
+}
+
+impl Eq for Mappable {}
 
 /// What becomes of an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -461,6 +461,8 @@ struct Connection {
     more: bool,
     /// The message being sent, from `sent` on.
     output: Vec<u8>,
+    /// What goes with its first byte.
+    output_fd: Option<Arc<OwnedFd>>,
     sent: usize,
     /// The session's reply is to be sent.
     reply: bool,
@@ -500,6 +502,7 @@ impl Connection {
             input: Input::default(),
             more: false,
             output: Vec::new(),
+            output_fd: None,
             sent: 0,
             reply: false,
             last: None,
@@ -730,13 +733,21 @@ impl Connection {
                 if self.reply {
                     self.reply = false;
                     std::mem::swap(&mut self.output, self.session.reply());
+                    self.output_fd = self.session.take_reply_fd();
                 } else if !self.link.next_message(&mut self.output) {
                     return Ok(());
                 }
             }
             while let Some(rest) = self.output.get(self.sent..).filter(|rest| !rest.is_empty()) {
-                match sys::send(self.socket.raw(), rest) {
-                    Ok(bytes) => self.sent += bytes,
+                let sent = match &self.output_fd {
+                    Some(fd) => sys::send_with_fd(self.socket.raw(), rest, fd),
+                    None => sys::send(self.socket.raw(), rest),
+                };
+                match sent {
+                    Ok(bytes) => {
+                        self.sent += bytes;
+                        self.output_fd = None;
+                    }
                     Err(e) => match e.raw_os_error() {
                         Some(libc::EAGAIN) => return Ok(()),
                         Some(libc::EINTR) => {}

@@ -130,6 +130,7 @@ pub struct Session {
     dma: DmaTable,
     deferred: Option<Deferred>,
     reply: Vec<u8>,
+    reply_fd: Option<Arc<OwnedFd>>,
     unmask: Option<UnmaskFd>,
     complaints: u32,
 }
@@ -137,10 +138,8 @@ pub struct Session {
 impl Session {
     /// A connection that nothing was said on. The function must have been attached.
     pub fn new(function: Arc<dyn PciFunction>, counters: Arc<Counters>) -> Self {
-        let mut regions = [RegionInfo::default(); REGIONS as usize];
-        for (region, index) in regions.iter_mut().zip(0..) {
-            *region = function.region(index);
-        }
+        // Fewer than 2^32.
+        let regions = std::array::from_fn(|index| function.region(index as u32));
         Self {
             function,
             counters,
@@ -149,6 +148,7 @@ impl Session {
             dma: DmaTable::default(),
             deferred: None,
             reply: Vec::new(),
+            reply_fd: None,
             unmask: None,
             complaints: 0,
         }
@@ -157,6 +157,11 @@ impl Session {
     /// The last reply, a whole message. The caller may swap it for another vector.
     pub fn reply(&mut self) -> &mut Vec<u8> {
         &mut self.reply
+    }
+
+    /// The fd that goes with the last reply, if one does.
+    pub fn take_reply_fd(&mut self) -> Option<Arc<OwnedFd>> {
+        self.reply_fd.take()
     }
 
     /// What was agreed, once it was.
@@ -177,6 +182,8 @@ impl Session {
     /// Takes one command, which must not be in the middle of another. The fds are consumed.
     pub fn handle(&mut self, header: &Header, body: &[u8], fds: Vec<PeerFd>, context: &Context<'_>) -> Outcome {
         count(&self.counters.messages);
+        // Of a command whose reply nobody wanted.
+        self.reply_fd = None;
         if self.agreed.is_none() && header.command != command::VERSION {
             let reason = format!("command {} before the version", header.command);
             self.reply.clear();
@@ -497,7 +504,12 @@ impl Session {
 
     fn region_info(&mut self, body: &[u8]) -> Result<(), i32> {
         let index = Self::index(body, wire::REGION_INFO_SIZE, REGIONS)?;
-        wire::region_info(&mut self.reply, index, self.regions[index as usize]);
+        let room = wire::argsz(body, wire::REGION_INFO_SIZE).ok_or(libc::EINVAL)?;
+        let region = &self.regions[index as usize];
+        // Only with the whole answer: a client that has to ask again would get the fd twice, and QEMU closes the first.
+        if wire::region_info(&mut self.reply, index, room, region) {
+            self.reply_fd = region.mappable.as_ref().map(|mappable| Arc::clone(&mappable.file));
+        }
         Ok(())
     }
 

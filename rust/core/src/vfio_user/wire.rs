@@ -372,20 +372,45 @@ pub fn device_info(to: &mut Vec<u8>, regions: u32, irqs: u32) {
     words(to, &[DEVICE_INFO_SIZE as u32, flags, regions, irqs]);
 }
 
-/// Bytes of the body of DEVICE_GET_REGION_INFO, and of the reply: no region has capabilities.
+/// Bytes of the body of DEVICE_GET_REGION_INFO, and of the reply without capabilities.
 pub const REGION_INFO_SIZE: usize = 32;
+/// Bytes of the reply for a region that can be mapped: with struct vfio_region_info_cap_sparse_mmap of one area.
+pub const SPARSE_INFO_SIZE: usize = REGION_INFO_SIZE + 32;
+/// It can be mapped, from the fd that comes with the reply.
+const REGION_MMAP: u32 = 1 << 2;
+/// It has capabilities.
+const REGION_CAPS: u32 = 1 << 3;
+/// Which parts of a region can be mapped.
+const CAP_SPARSE_MMAP: u16 = 1;
 
 /// The index in the body of DEVICE_GET_REGION_INFO, DEVICE_GET_REGION_IO_FDS, or DEVICE_GET_IRQ_INFO.
 pub fn index(body: &[u8]) -> Option<u32> {
     u32_at(body, 8)
 }
 
-/// Appends the reply to DEVICE_GET_REGION_INFO. No region can be mapped, so there is no offset either.
-pub fn region_info(to: &mut Vec<u8>, index: u32, info: RegionInfo) {
-    let flags = u32::from(info.readable) | u32::from(info.writable) << 1;
-    words(to, &[REGION_INFO_SIZE as u32, flags, index, 0]);
+/// Appends the reply to DEVICE_GET_REGION_INFO to a client that has room for so many bytes of it. Returns whether it tells
+/// what can be mapped, and so wants the fd with it.
+pub fn region_info(to: &mut Vec<u8>, index: u32, room: u32, info: &RegionInfo) -> bool {
+    let access = u32::from(info.readable) | u32::from(info.writable) << 1;
+    let (needed, flags, capabilities) = match info.mappable {
+        None => (REGION_INFO_SIZE, access, 0),
+        Some(_) => (SPARSE_INFO_SIZE, access | REGION_MMAP | REGION_CAPS, REGION_INFO_SIZE),
+    };
+    words(to, &[needed as u32, flags, index, capabilities as u32]);
     to.extend_from_slice(&info.size.to_ne_bytes());
+    // Where the region begins in the file.
     to.extend_from_slice(&0u64.to_ne_bytes());
+    let Some(mappable) = info.mappable.as_ref().filter(|_| room as usize >= needed) else {
+        // It asks again with as much room as it was told is needed.
+        return false;
+    };
+    to.extend_from_slice(&CAP_SPARSE_MMAP.to_ne_bytes());
+    // Version 1, no next one.
+    to.extend_from_slice(&1u16.to_ne_bytes());
+    words(to, &[0, 1, 0]);
+    to.extend_from_slice(&0u64.to_ne_bytes());
+    to.extend_from_slice(&mappable.length.to_ne_bytes());
+    true
 }
 
 /// Bytes of the body of DEVICE_GET_REGION_IO_FDS, and of the reply: there are none.

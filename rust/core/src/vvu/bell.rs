@@ -53,12 +53,14 @@ impl Bell {
 
     /// Takes notifications from an eventfd from now on, or no more.
     pub fn set_from(self: &Arc<Self>, pool: &Pool, fd: Option<Arc<OwnedFd>>) {
+        // Before the new eventfd can be heard: a word that it has left must not be lost. One that the old one leaves late is a
+        // notification too many, which is harmless.
+        self.waiting.store(false, Ordering::SeqCst);
         let source = fd.map(|fd| {
             let bell = Arc::clone(self);
             pool.add_source(|_| Box::new(Ringer { fd, bell }))
         });
         let before = std::mem::replace(&mut *self.from.lock().unwrap_or_else(PoisonError::into_inner), source);
-        self.waiting.store(false, Ordering::SeqCst);
         if let Some(before) = before {
             before.remove(Completion::call(|| {}));
         }

@@ -17,6 +17,7 @@ pub mod layout;
 pub mod message;
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -309,6 +310,8 @@ pub struct VvuDevice {
     uuid: [u8; 16],
     window: Window,
     ram_file: Option<(Arc<OwnedFd>, u64)>,
+    /// What of the region is there without a master: the RAM file.
+    always: Arc<MemoryMap>,
     member: OnceLock<Weak<Member>>,
     state: Mutex<State>,
     kicks: Vec<Arc<Bell>>,
@@ -350,17 +353,29 @@ impl VvuDevice {
                 layout::PAGE
             )));
         }
-        let direct = match &ram_file {
-            None => None,
-            Some((_, len)) if *len == 0 || len % layout::PAGE != 0 || *len > shared_memory => {
+        let mut direct = None;
+        let mut always = MemoryMap::default();
+        if let Some((fd, len)) = &ram_file {
+            // Clients map it: they can do so in pages of its file system.
+            let page = sys::backing_page_size(fd.as_fd()).unwrap_or(layout::PAGE);
+            if *len == 0 || len % page != 0 || *len > shared_memory {
                 return Err(Error::Invalid(format!(
-                    "a RAM file of {len} bytes; whole pages up to {shared_memory} bytes are possible"
+                    "a RAM file of {len} bytes; whole pages of {page} up to {shared_memory} bytes are possible"
                 )));
             }
-            Some((fd, len)) => Some(Direct {
+            let ours = fd
+                .try_clone()
+                .map_err(|_| Error::last_os("duplicating the RAM file's fd"))?;
+            always = always.with(pool.mappings().region(&ours.into(), 0, *len, 0, 0)?)?;
+            direct = Some(Direct {
                 file: file_id(fd)?,
                 len: *len,
-            }),
+            });
+        }
+        let always = Arc::new(always);
+        let state = State {
+            window: Arc::clone(&always),
+            ..State::default()
         };
         let bells = || (0..max_queues).map(|_| Arc::default()).collect();
         Ok(Arc::new(Self {
@@ -374,7 +389,8 @@ impl VvuDevice {
             },
             ram_file: ram_file.map(|(fd, len)| (Arc::new(fd), len)),
             member: OnceLock::new(),
-            state: Mutex::default(),
+            always,
+            state: Mutex::new(state),
             kicks: (0..max_queues).map(|_| Arc::new(Bell::patient())).collect(),
             calls: bells(),
             errs: bells(),
@@ -421,11 +437,11 @@ impl VvuDevice {
     /// Whether the driver has set SLAVE_UP and can be reached.
     pub fn slave_up(&self) -> bool {
         // The member first: never with the device's lock held.
-        let ready = self.member().is_some_and(|member| member.ready());
-        ready && self.lock().slave_up
+        self.ready() && self.lock().slave_up
     }
 
-    /// Whether rings run, so that the driver and the front end can be sent something. False after a stop until the next start.
+    /// Whether rings run, so that the driver and the front end can be sent something. False after a stop until the next start,
+    /// and from a fault of the driver's to its reset.
     pub fn ready(&self) -> bool {
         self.member().is_some_and(|member| member.ready())
     }
@@ -445,8 +461,7 @@ impl VvuDevice {
             return Vec::new();
         }
         if !remote {
-            state.shown.clear();
-            state.window = Arc::default();
+            self.clear_window(&mut state);
         }
         state.shown.iter().map(|shown| shown.operation(false)).collect()
     }
@@ -500,6 +515,8 @@ impl VvuDevice {
             state.slave_up = false;
             self.drop_master(&mut state);
         }
+        // What txq still holds was said to this master: it is discarded before the next one is there.
+        self.look(TXQ);
         self.config_changed();
         true
     }
@@ -780,8 +797,14 @@ impl VvuDevice {
             let new = |shown: &&Shown| !state.shown.iter().any(|other| other.same(shown));
             operations.extend(wanted.iter().filter(new).map(|shown| shown.operation(true)));
         } else {
-            state.window = Arc::new(Self::map_of(&wanted)?);
-            state.shown.clone_from(&wanted);
+            let window = Arc::new(self.map_of(&wanted)?);
+            let before = (
+                std::mem::replace(&mut state.shown, wanted.clone()),
+                std::mem::replace(&mut state.window, window),
+            );
+            if !before.0.is_empty() {
+                sys::drop_later(before);
+            }
         }
         if let Some(master) = &mut state.master {
             master.held = Some((bytes, wanted));
@@ -792,10 +815,25 @@ impl VvuDevice {
         Ok(operations)
     }
 
-    fn map_of(shown: &[Shown]) -> std::result::Result<MemoryMap, Fault> {
+    fn map_of(&self, shown: &[Shown]) -> std::result::Result<MemoryMap, Fault> {
+        // What is in the RAM file is where it always is.
+        let file = self.window.direct.map(|direct| direct.file);
         shown
             .iter()
-            .try_fold(MemoryMap::default(), |map, shown| map.with(shown.region.clone()))
+            .filter(|shown| Some(shown.wanted.file) != file)
+            .try_fold((*self.always).clone(), |map, shown| map.with(shown.region.clone()))
+    }
+
+    /// Nothing of a master's memory is to be seen any more.
+    fn clear_window(&self, state: &mut State) {
+        let memory = (
+            std::mem::take(&mut state.shown),
+            std::mem::replace(&mut state.window, Arc::clone(&self.always)),
+        );
+        if !memory.0.is_empty() {
+            // It may be the last mapping of a guest that is gone: that takes a while, and a lock is held.
+            sys::drop_later(memory);
+        }
     }
 
     /// The message that was held back goes on; whoever calls this has rxq looked at.
@@ -943,12 +981,10 @@ impl VvuDevice {
         }
         state.slave_up = false;
         state.paused = false;
+        // All rings have stopped, or have been told to.
+        state.ready = false;
         // The front end has dropped its mappings by itself, if it had any.
-        let memory = (std::mem::take(&mut state.shown), std::mem::take(&mut state.window));
-        if !memory.0.is_empty() {
-            // It may be the last mapping of a guest that is gone: that takes a while, and somebody else's lock is held.
-            sys::drop_later(memory);
-        }
+        self.clear_window(state);
         self.drop_master(state);
         self.tell_relay();
     }
@@ -1144,6 +1180,9 @@ impl Device for VvuDevice {
             self.drop_master(&mut state);
         }
         drop(state);
+        if !up {
+            self.look(TXQ);
+        }
         self.tell_relay();
         Ok(true)
     }
@@ -1282,10 +1321,9 @@ impl SharedMemory for VvuDevice {
             }
             return;
         }
-        // At the edge of a region, or nothing is there.
-        for (at, byte) in (offset..).zip(data) {
-            if let Some(area) = map.area_by_guest(at, 1) {
-                area.read(0, std::slice::from_mut(byte));
+        for (offset, part) in pieces(&map, offset, data.len()) {
+            if let Some(area) = map.area_by_guest(offset, part.len() as u64) {
+                area.read(0, &mut data[part]);
             }
         }
     }
@@ -1306,10 +1344,21 @@ impl SharedMemory for VvuDevice {
             }
             return;
         }
-        for (at, byte) in (offset..).zip(data) {
-            if let Some(area) = map.area_by_guest(at, 1) {
-                area.write(0, std::slice::from_ref(byte));
+        for (offset, part) in pieces(&map, offset, data.len()) {
+            if let Some(area) = map.area_by_guest(offset, part.len() as u64) {
+                area.write(0, &data[part]);
             }
         }
     }
+}
+
+/// The parts of an access that lie in a region each: where that is, and which bytes of the access.
+fn pieces(map: &MemoryMap, offset: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>)> + '_ {
+    // The range has been checked against the size of the shared memory region: no sum wraps.
+    let end = offset + len as u64;
+    map.regions().iter().filter_map(move |region| {
+        let (from, to) = (offset.max(region.guest), end.min(region.guest + region.size));
+        // Both lie within the access.
+        (from < to).then(|| (from, (from - offset) as usize..(to - offset) as usize))
+    })
 }

@@ -4,19 +4,21 @@
 #![allow(dead_code)]
 #![allow(missing_docs, clippy::unwrap_used)]
 
+use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use vhu_core::error::{Error, Fault};
 use vhu_core::event::{Completion, Waker};
 use vhu_core::memory::{MemoryMap, Region};
 use vhu_core::sys;
-use vhu_core::vfio_user::function::{Access, IrqChange, PciFunction, RegionInfo};
+use vhu_core::vfio_user::function::{Access, IrqChange, Mappable, PciFunction, RegionInfo};
 use vhu_core::vfio_user::server::Server;
 use vhu_core::worker::{Pool, SourceHandle};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -193,6 +195,32 @@ impl Client {
         Ok(reply.body)
     }
 
+    /// The body of the next reply, which came in one piece, and the fds with it.
+    pub fn answer_with_fds(&mut self, id: u16, command: u16) -> (Vec<u8>, Vec<File>) {
+        let mut bytes = [0u8; 256];
+        let mut iov = [libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        }];
+        let mut fds = [0; 4];
+        // SAFETY: the one iovec describes a live buffer.
+        let (count, fd_count) = unsafe { self.socket.recv_with_fds(&mut iov, &mut fds).unwrap() };
+        // SAFETY: made for us just now.
+        let files = fds[..fd_count]
+            .iter()
+            .map(|&fd| unsafe { File::from_raw_fd(fd) })
+            .collect();
+        assert_eq!(bytes[..4], [id.to_ne_bytes(), command.to_ne_bytes()].concat());
+        assert_eq!(bytes[4..8], (count as u32).to_ne_bytes());
+        assert_eq!(bytes[8..16], words(&[1, 0])[..]);
+        (bytes[16..count].to_vec(), files)
+    }
+
+    pub fn ask_with_fds(&mut self, command: u16, body: &[u8]) -> (Vec<u8>, Vec<File>) {
+        let id = self.send(command, 0, body);
+        self.answer_with_fds(id, command)
+    }
+
     pub fn read(&mut self, region: u32, offset: u64, count: u32) -> Result<Vec<u8>, u32> {
         let mut body = longs(&[offset]);
         body.extend(words(&[region, count]));
@@ -257,6 +285,8 @@ pub struct Fake {
     pub slow_unmap: AtomicBool,
     pub slow_reset: AtomicBool,
     pub calls: AtomicU64,
+    /// What BAR 2 shows; to be set before a client comes.
+    pub mappable: OnceLock<Mappable>,
     pub id: u32,
 }
 
@@ -319,6 +349,7 @@ impl PciFunction for Fake {
             size,
             readable: index != 4,
             writable,
+            mappable: self.mappable.get().filter(|_| index == 2).cloned(),
         }
     }
 
@@ -508,4 +539,18 @@ pub fn completion() -> (Completion, Arc<AtomicBool>) {
 /// Fds of this process.
 pub fn open_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Fds of this process that name a file.
+pub fn fds_of(file: &File) -> usize {
+    let id = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+    let wanted = id(file.metadata().unwrap());
+    std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter(|entry| {
+            let path = entry.as_ref().unwrap().path();
+            // Those of others come and go.
+            std::fs::metadata(path).is_ok_and(|metadata| id(metadata) == wanted)
+        })
+        .count()
 }
