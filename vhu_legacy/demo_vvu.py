@@ -122,8 +122,13 @@ async def _play_carrier(story: Story, directory: Path, via: Via) -> None:
         async with guest.serve_group([], directory, name="demo", vhost_user_devices=[spec]) as group:
             story.say(f"group 'demo' is served, with the virtio-vhost-user device '{_DEVICE}'")
             device = guest.VhostUserDevice(group.vhost_user_device_socket(_DEVICE, via), _QUEUES, via)
+            # QEMU's vfio code takes a BAR's mapping away for a second after each INTx interrupt, to see the driver
+            # acknowledge it; every access to guest A's memory would be a message then.
+            arguments = ("--interrupts", "poll") if via == "vfio-user" else ()
             config = await trio.to_thread.run_sync(
-                functools.partial(backend_guest.backend_config, device, image=image, kernel=KERNEL)
+                functools.partial(
+                    backend_guest.backend_config, device, image=image, kernel=KERNEL, bridge_arguments=arguments
+                )
             )
             front = guest.VmConfig(kernel=KERNEL, memory_mib=_MEMORY_MIB, memory_file=memory)
             async with backend_guest.open_backend(config) as back:
