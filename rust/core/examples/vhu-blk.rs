@@ -5,10 +5,13 @@
 //! vhu-blk SOCKET IMAGE [QUEUES]
 //! ```
 //!
-//! `IMAGE` is a raw file, a block device, or `ram:BYTES`. Linked statically it runs in a guest that is another guest's
+//! `IMAGE` is a raw file or a block device, written through to storage: the guest that is served can't know of the cache of
+//! the one that serves it, which may be gone with all that is in it at any moment. Linked statically it runs in a guest that is another guest's
 //! back end, where it serves what qemu-storage-daemon refuses: legacy drivers. It runs until it is killed.
 
 use std::error::Error;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -26,7 +29,12 @@ fn serve(socket: &str, image: &str, queues: u16) -> Result<(), Box<dyn Error>> {
         blk_size: 512,
         serial: "vhu-blk".into(),
     };
-    let blk = Blk::new(Image::open(image, false)?, options)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_DSYNC)
+        .open(image)?;
+    let blk = Blk::new(Image::adopt(image, false, true, file.into())?, options)?;
     // The daemon serves rings in threads of its own; the pool keeps the member's events and mappings.
     let pool = Arc::new(Pool::new(Some(1))?);
     let options = MemberOptions {

@@ -146,7 +146,8 @@ impl Adapter {
                     position: u32::from(next_avail),
                     driver_features: *features,
                     inflight: None,
-                    ordered: false,
+                    // There is no record of what is in flight, so the used index has to say what is done.
+                    ordered: true,
                     log: None,
                     call: Call::default(),
                     stats: self.member.queue_stats(index),
