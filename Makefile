@@ -177,8 +177,8 @@ bench-tools: native
 		$(BIN)/python -m pip install --disable-pip-version-check 'matplotlib>=3.8,<4'
 	fi
 
-# About a quarter of an hour; with BENCH_ARGS=--quick two minutes. Other options are run.py's alone.
-bench: bench-tools ## every speed we promise, next to the peer's, as ratios: requests, rings, scale, restart, boots
+# Less than twenty minutes; with BENCH_ARGS=--quick two minutes. Other options are run.py's alone.
+bench: bench-tools ## every speed we promise, next to the peer's, as ratios: requests, rings, scale, restart, doorbells, boots
 	@quick="$(filter --quick,$(BENCH_ARGS))"
 	cargo build --locked --release --package vhu-bench
 	bin="$${CARGO_TARGET_DIR:-target}/release"
@@ -196,6 +196,8 @@ bench: bench-tools ## every speed we promise, next to the peer's, as ratios: req
 	$(BIN)/python benches/restart.py $$quick
 	$(STEP) "administration commands and I/O BAR accesses"
 	"$$bin/vhu-bench-owner" $$quick
+	$(STEP) "notifications and requests through a virtio-vhost-user device"
+	$(BIN)/python benches/vvu.py $$quick
 	$(STEP) "boots through the legacy function"
 	$(BIN)/python -m vhu_legacy.images kernel:6.12 qemu:11.1
 	$(BIN)/python benches/boot.py $$quick

@@ -10,7 +10,7 @@
 //! every request taken afterwards; then kicked queues take a batch each; then one submit for all I/O; completions;
 //! one publish per queue touched; one more submit for the interrupts.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -270,20 +270,28 @@ pub struct SourceIo<'a> {
 }
 
 impl SourceIo<'_> {
-    /// Adds one to an eventfd of the peer, without ever waiting for it. One at a time: while one is under way another is not
-    /// needed, since the peer will be woken by that one.
+    /// Adds one to an eventfd of the peer, without ever waiting for it. One write at a time: those asked for while it is under
+    /// way become one more, after it.
     pub fn signal(&mut self, fd: &Arc<OwnedFd>) {
         self.signals.send(fd, self.uring);
     }
 }
 
+/// A write to an eventfd that is under way.
+struct Signal {
+    fd: Arc<OwnedFd>,
+    /// It was asked for again since. The peer may have seen the write before we see that it has ended, so this can't be left
+    /// out.
+    again: bool,
+}
+
 /// Interrupts of sources that are under way.
 #[derive(Default)]
 struct Signals {
-    under_way: Vec<Option<Arc<OwnedFd>>>,
+    under_way: Vec<Option<Signal>>,
     free: Vec<usize>,
-    /// Addresses of those under way.
-    known: HashSet<usize>,
+    /// Addresses of those under way, and where they are.
+    known: HashMap<usize, usize>,
 }
 
 impl Signals {
@@ -292,7 +300,10 @@ impl Signals {
 
     fn send(&mut self, fd: &Arc<OwnedFd>, uring: &mut Uring) {
         let address = Arc::as_ptr(fd) as usize;
-        if self.known.contains(&address) {
+        if let Some(&index) = self.known.get(&address) {
+            if let Some(Some(signal)) = self.under_way.get_mut(index) {
+                signal.again = true;
+            }
             return;
         }
         let index = match self.free.pop() {
@@ -303,16 +314,31 @@ impl Signals {
             }
             None => return,
         };
-        self.known.insert(address);
-        self.under_way[index] = Some(Arc::clone(fd));
+        self.known.insert(address, index);
+        self.under_way[index] = Some(Signal {
+            fd: Arc::clone(fd),
+            again: false,
+        });
         uring.signal(fd.as_raw_fd(), ((SIGNALS + index) as u64) << 16);
     }
 
-    fn ended(&mut self, number: usize) {
+    fn ended(&mut self, number: usize, result: i32, uring: &mut Uring) {
         let index = number - SIGNALS;
-        if let Some(fd) = self.under_way.get_mut(index).and_then(Option::take) {
-            self.known.remove(&(Arc::as_ptr(&fd) as usize));
-            self.free.push(index);
+        let Some(slot) = self.under_way.get_mut(index) else {
+            return;
+        };
+        match slot {
+            // One that was cancelled, or has failed, would only fail again.
+            Some(signal) if signal.again && result > 0 => {
+                signal.again = false;
+                uring.signal(signal.fd.as_raw_fd(), ((SIGNALS + index) as u64) << 16);
+            }
+            _ => {
+                if let Some(signal) = slot.take() {
+                    self.known.remove(&(Arc::as_ptr(&signal.fd) as usize));
+                    self.free.push(index);
+                }
+            }
         }
     }
 
@@ -891,7 +917,7 @@ impl Worker {
         done.retain(|&(user_data, result)| {
             let index = Runner::number_of(user_data);
             if index >= SIGNALS {
-                self.signals.ended(index);
+                self.signals.ended(index, result, &mut self.uring);
                 return false;
             }
             let queue = self.queues.get(index).and_then(Option::as_deref);
