@@ -20,6 +20,7 @@ use crate::error::{Context, Error, Result};
 use crate::interrupts::{Line, Pace};
 use crate::log;
 use crate::memory::Dma;
+use crate::message::{request, u32_at};
 use crate::proxy::{refusal, Fds, Proxy, Route, Violation, Window};
 use crate::registers::{isr, Registers};
 use crate::sys::{connect_unix, eventfd, eventfd_add, eventfd_take, socket_pair, Epoll, Event, Interest, Timer};
@@ -28,6 +29,17 @@ use crate::sys::{connect_unix, eventfd, eventfd_add, eventfd_take, socket_pair, 
 const TURN: usize = 16;
 /// How often the device is looked after without being asked to; finds lost interrupts and moved pages, too.
 const TICK: Duration = Duration::from_secs(1);
+/// When the driver and the daemon are reminded of each other after a ring was set up or enabled.
+///
+/// A master that has reconnected may have requests in its ring that nobody will kick for again, and used elements that nobody
+/// was interrupted for: the kick went to, or the call came from, a session that is over. Its QEMU makes up for that with a
+/// kick as soon as the ring has an eventfd; but daemons throw away what comes before the ring is enabled (rust-vmm's do), and
+/// only they know when it is. One that comes for nothing costs a look at the ring.
+const REMINDERS: [Duration; 3] = [
+    Duration::from_millis(5),
+    Duration::from_millis(50),
+    Duration::from_millis(500),
+];
 /// Pause between attempts to reach the daemon, and after a session that somebody spoilt.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Resets in a row, without a master in between, after which the device is given up.
@@ -176,6 +188,33 @@ struct Session {
     log: Option<OwnedFd>,
     link: Link,
     master_seen: bool,
+    reminders: Reminders,
+}
+
+/// Reminders to come.
+#[derive(Default)]
+struct Reminders {
+    since: Option<Instant>,
+    given: usize,
+}
+
+impl Reminders {
+    fn begin(&mut self, now: Instant) {
+        self.since = Some(now);
+        self.given = 0;
+    }
+
+    /// Until the next one.
+    fn left(&self, now: Instant) -> Option<Duration> {
+        let at = self.since? + *REMINDERS.get(self.given)?;
+        Some(at.saturating_duration_since(now))
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        let due = self.left(now).is_some_and(|left| left.is_zero());
+        self.given += usize::from(due);
+        due
+    }
 }
 
 impl<'a, R: Registers> Bridge<'a, R> {
@@ -392,6 +431,14 @@ impl<'a, R: Registers> Bridge<'a, R> {
             if news.blind || news.isr & device.kick_bits() != 0 {
                 session.kicks.iter().flatten().for_each(eventfd_add);
             }
+            if session.reminders.take(Instant::now()) {
+                for (queue, kick) in (0..).zip(&session.kicks) {
+                    if let Some(kick) = kick {
+                        eventfd_add(kick);
+                        device.call(queue);
+                    }
+                }
+            }
             self.update_interest(device, session)?;
             news = self.wait(device, session, busy)?;
         }
@@ -414,6 +461,9 @@ impl<'a, R: Registers> Bridge<'a, R> {
     fn wait(&mut self, device: &Device<'_, R>, session: &mut Session, busy: bool) -> Step<News> {
         let now = Instant::now();
         let mut timeout = self.next_tick.saturating_duration_since(now);
+        if let Some(left) = session.reminders.left(now) {
+            timeout = timeout.min(left);
+        }
         let mut paused = false;
         if busy {
             timeout = Duration::ZERO;
@@ -531,6 +581,10 @@ impl<'a, R: Registers> Bridge<'a, R> {
                     }
                 }
                 Route::Request(fds) => {
+                    let number = u32_at(&message, 0);
+                    if matches!(number, Some(request::SET_VRING_KICK | request::SET_VRING_ENABLE)) {
+                        session.reminders.begin(Instant::now());
+                    }
                     let fds = self.fds_for(fds, session)?;
                     session.daemon.send(message, fds)?;
                 }
@@ -718,6 +772,7 @@ impl Session {
             log: None,
             link: Link::Waiting,
             master_seen: false,
+            reminders: Reminders::default(),
         }
     }
 
