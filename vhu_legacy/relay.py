@@ -8,9 +8,9 @@ that the backend VM's QEMU maps memory. Kicks, calls and the memory itself don't
 
 Who may connect when. Before the slave has been up for the first time a master waits in the listener's backlog, so the
 two VMs can be started in any order, and a QEMU that can't reconnect waits, too. Later, while the slave is down, and
-from the start if this process has come after another one, there is no listener: a QEMU that waits for its back end to
-answer does so with all its vCPUs stopped, and one with `reconnect-ms` comes back by itself. A moment of grace is for a
-slave that is up again at once.
+from the start if this process has come after another one, there is no listener. A QEMU that waits for its back end to
+answer does so with all its vCPUs stopped, and one whose connection breaks before it was answered may never try again
+(vhost-user-blk of 7.2); one that is refused comes back by itself, with `reconnect-ms`.
 
 A session ends when the master leaves or breaks a rule, when the slave goes down or is reset, and when its carrier is
 gone. Then everything of it is gone but what the driver may still be looking at: shared memory stays until the slave is
@@ -44,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 Carrier = Literal["vhost-user", "vfio-user"]
 
-_GRACE: Final = 2.0
-"""Seconds that a slave may be down before masters are refused."""
 _BACKLOG: Final = 8
 _LOG_INTERVAL: Final = 10.0
 """Seconds between log lines about masters of one device that broke a rule."""
@@ -262,10 +260,7 @@ class RelayDevice:
         if self._was_up:
             self._was_up = False
             self._tell("slave-down", {"reason": self._why_down()})
-            with trio.move_on_after(_GRACE) as scope:
-                await self._until(lambda: self.native.slave_up)
-            if scope.cancelled_caught:
-                self._unlisten()
+            self._unlisten()
         await self._until(lambda: self.native.slave_up)
 
     def _why_down(self) -> str:
@@ -341,6 +336,8 @@ class RelayDevice:
         finally:
             self._session = None
             self._master_pid = None
+            # first: the master comes back as soon as it has seen the end
+            self._unlisten()
             channel.close()
             if self.native.disconnect_master(session, end.rule, str(end)):
                 self._down = f"its master has gone: {end}"

@@ -831,6 +831,17 @@ fn shared_memory(front: Front, member: &Member) -> Option<&dyn SharedMemory> {
     member.device().shared_memory().filter(|_| front != Front::Legacy)
 }
 
+/// Whether the function has an interrupt pin. After each INTx QEMU takes a function's mappings away for a second or so, to see
+/// the access by which the driver ends it; with shared memory that is mapped every access in that time is a message. A driver
+/// without MSI-X does better to poll.
+fn has_intx(member: &Member) -> bool {
+    let mapped = member
+        .device()
+        .shared_memory()
+        .is_some_and(|memory| memory.file().is_some());
+    !mapped || member.vectors() == 0
+}
+
 /// The configuration space of a function.
 fn layout(front: Front, member: &Member, vfs: Option<&dyn VfControl>) -> Result<ConfigSpace> {
     let (id, vectors, queues) = (member.device().device_id(), member.vectors(), member.queue_count());
@@ -862,7 +873,8 @@ fn layout(front: Front, member: &Member, vfs: Option<&dyn VfControl>) -> Result<
             subsystem: MODERN_SUBSYSTEM,
         }
     };
-    let mut builder = ConfigBuilder::new(identity, 1);
+    let pin = u8::from(has_intx(member));
+    let mut builder = ConfigBuilder::new(identity, pin);
     if ports {
         let size = (24 + member.legacy_config_size()) as u64;
         builder = builder.bar(LEGACY_BAR.into(), BarKind::Io, size.next_power_of_two());
@@ -949,7 +961,7 @@ impl PciFunction for Function {
 
     fn irq_count(&self, index: u32) -> u32 {
         match index {
-            IRQ_INTX => 1,
+            IRQ_INTX => u32::from(has_intx(&self.member)),
             IRQ_MSIX => self.vectors.into(),
             _ => 0,
         }

@@ -33,6 +33,8 @@ const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_MASTER: u16 = 1 << 2;
 const COMMAND_INTX_DISABLE: u16 = 1 << 10;
 /// Message control of MSI-X.
+/// Configuration space: the interrupt pin, 0 for none.
+const INTERRUPT_PIN: u64 = 0x3d;
 const MSIX_CONTROL: u64 = 2;
 const MSIX_ENABLE: u16 = 1 << 15;
 const RESOURCE_MEMORY: u64 = 0x200;
@@ -151,6 +153,14 @@ impl Function {
         Ok(())
     }
 
+    fn read_config8(&self, offset: u64) -> Result<u8> {
+        let mut bytes = [0];
+        self.config
+            .read_exact_at(&mut bytes, offset)
+            .context(|| format!("config of {}", self.address))?;
+        Ok(bytes[0])
+    }
+
     fn read_config16(&self, offset: u64) -> Result<u16> {
         let mut value = [0; 2];
         self.config
@@ -202,10 +212,15 @@ impl Function {
         if self.driver().is_some_and(|driver| driver != UIO) {
             self.unbind()?;
         }
+        let open = || match self.read_config8(INTERRUPT_PIN)? {
+            // The kernel's driver would take it all the same, and never bring any.
+            0 => Err(Error::Setup("the function has no interrupt pin".into())),
+            _ => Uio::open(self),
+        };
         let uio = match how {
             Interrupts::Poll => None,
-            Interrupts::Intx => Some(Uio::open(self)?),
-            Interrupts::Auto => match Uio::open(self) {
+            Interrupts::Intx => Some(open()?),
+            Interrupts::Auto => match open() {
                 Ok(uio) => Some(uio),
                 Err(error) => {
                     log::line(format_args!("no intx: {error}"));
