@@ -992,7 +992,16 @@ impl VvuDevice {
     /// A stopped guest reads and writes no configuration: if there was a stop, it was a reset.
     fn driver_is_there(&self, state: &mut State) {
         if state.paused {
-            self.reset_state(state);
+            self.start_over(state);
+        }
+    }
+
+    /// A reset that only we know of: over vhost-user there is no message for it. A driver that resets its device has given up
+    /// on a broken one.
+    fn start_over(&self, state: &mut State) {
+        self.reset_state(state);
+        if let Some(member) = self.member() {
+            member.owner().mend();
         }
     }
 
@@ -1109,7 +1118,7 @@ impl Device for VvuDevice {
     fn ring_starts(&self, _queue: u16, continues: bool) {
         let mut state = self.lock();
         if state.paused && !continues {
-            self.reset_state(&mut state);
+            self.start_over(&mut state);
         }
     }
 
