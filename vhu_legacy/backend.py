@@ -674,6 +674,9 @@ class VhostUserServer:
             if token is not None:
                 await self._drain(connection, token)
         finally:
+            if connection.answered is not None:
+                # nobody will
+                connection.answered(False)
             if self._connection is connection:
                 self._connection = None
             if self._freed is not None:
@@ -706,6 +709,11 @@ class VhostUserServer:
         if connection is None:
             return False
         return await self._send_config_change(connection)
+
+    @property
+    def maps_memory(self) -> bool:
+        """Whether a front end is attached that has agreed to `share_memory`."""
+        return self._connection is not None and self._connection.session.has_shared_memory
 
     async def share_memory(self, operation: _native.SharedMemoryOperation) -> bool | None:
         """Have the attached front end map something into the device's shared memory region, or unmap it.

@@ -639,6 +639,13 @@ class Vm:
         """Press the reset button; the guest boots again in the same QEMU."""
         await self.qmp("system_reset")
 
+    async def kill(self) -> None:
+        """Kill QEMU (SIGKILL), and wait for its end."""
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self.wait_exit()
+
     async def load_goes_on(self, operations: int = 50, timeout: float = 60) -> Message:
         """Wait until the load (task ``load``) has done so many operations more than when it last spoke here; where it
         stands then. Errors as :meth:`wait_message`.

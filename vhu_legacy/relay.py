@@ -117,6 +117,8 @@ class RelayDevice:
         self._carrier: Carrier | None = None
         self._peer_pid: int | None = None
         self._logged = -_LOG_INTERVAL
+        self._next: Channel | None = None
+        """A master that connected when the slave had just gone down. It waits: see above."""
         self._first = first
         self._down = ""
         """Why the slave went down, when a session's end has told us."""
@@ -146,6 +148,9 @@ class RelayDevice:
         if self._session is not None:
             self._session.cancel()
         self._unlisten()
+        if self._next is not None:
+            self._next.close()
+            self._next = None
         with trio.CancelScope(shield=True):
             if self._server is not None:
                 await self._server.aclose()
@@ -188,6 +193,11 @@ class RelayDevice:
         if self._server is not None:
             self._host.spawn(self._server.aclose)
 
+    @property
+    def maps_memory(self) -> bool:
+        """Whether the carrier has agreed to map shared memory."""
+        return self._server is not None and self._server.maps_memory
+
     def place(self) -> dict[str, Any]:
         """Where it is and how it is doing, for `query-vhost-user-devices`."""
         info = self.native.info()
@@ -226,10 +236,14 @@ class RelayDevice:
         self._listener = listener
 
     def _unlisten(self) -> None:
+        """Let no master connect. One that has done so just now keeps its connection, for when the slave is up again."""
         listener, self._listener = self._listener, None
         if listener is None:
             return
         unlink_bound(self.socket_path("front"), self._identity)
+        if self._next is None:
+            with suppress(OSError):
+                self._next = Channel(listener.accept()[0])
         trio.lowlevel.notify_closing(listener)
         # connections that wait to be accepted go with it, and closing what was sent on them may take long
         _native.discard([listener.detach()])
@@ -291,6 +305,9 @@ class RelayDevice:
             logger.error("device %s: can't listen for masters: %s", self.config.name, error)
             await trio.sleep(1)
             return None
+        if self._next is not None:
+            channel, self._next = self._next, None
+            return channel
         listener = self._listener
         assert listener is not None
         found: list[socket.socket] = []
@@ -314,7 +331,13 @@ class RelayDevice:
             nursery.start_soon(accept, nursery.cancel_scope)
             await self._until(lambda: not self.native.slave_up)
             nursery.cancel_scope.cancel()
-        return Channel(found[0]) if found else None
+        if not found:
+            return None
+        channel = Channel(found[0])
+        if not self.native.slave_up:
+            self._next = channel
+            return None
+        return channel
 
     async def _serve(self, channel: Channel) -> None:
         """One master, from its first message to its last."""
@@ -339,7 +362,8 @@ class RelayDevice:
             # first: the master comes back as soon as it has seen the end
             self._unlisten()
             channel.close()
-            if self.native.disconnect_master(session, end.rule, str(end)):
+            # With a rule that the native device has seen broken, it has ended the session itself.
+            if self.native.disconnect_master(session, end.rule, str(end)) or end.rule is not None:
                 self._down = f"its master has gone: {end}"
                 with trio.CancelScope(shield=True):
                     await self._tell_driver()
@@ -445,6 +469,8 @@ class _Session:
             if fd is not None:
                 self._open_slave_channel(fd)
             operations = outcome.operations
+            if operations and not self._device.maps_memory:
+                raise _End("the backend VM's QEMU can't map memory", "shared-memory.not-negotiated")
             for operation in operations:
                 if not await self._device._share(operation, self._alive):
                     if not self._alive():

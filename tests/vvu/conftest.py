@@ -41,6 +41,17 @@ CONFIG: Final = f"""
     vfio_user = true
 
     [[vhost_user_devices]]
+    name = "new-vhost-user"
+    max_queues = {QUEUES}
+    shared_memory = "{SHARED >> 20}MiB"
+
+    [[vhost_user_devices]]
+    name = "new-vfio-user"
+    max_queues = {QUEUES}
+    shared_memory = "{SHARED >> 20}MiB"
+    vfio_user = true
+
+    [[vhost_user_devices]]
     name = "beside"
     max_queues = {QUEUES}
     shared_memory = "{SHARED >> 20}MiB"
@@ -179,6 +190,13 @@ def rig(start_module_group: GroupFactory) -> Rig:
 def device(request: pytest.FixtureRequest, rig: Rig) -> Iterator[Device]:
     """A device on either carrier."""
     with Device(rig, "tested", request.param) as device:
+        yield device
+
+
+@pytest.fixture(params=["vhost-user", "vfio-user"])
+def new_device(request: pytest.FixtureRequest, rig: Rig) -> Iterator[Device]:
+    """One whose slave has never been up: for a single test of each module."""
+    with Device(rig, f"new-{request.param}", request.param) as device:
         yield device
 
 

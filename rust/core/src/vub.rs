@@ -27,7 +27,7 @@ use vmm_sys_util::event::{new_event_consumer_and_notifier, EventConsumer, EventF
 use crate::error::{Error, Fault, Result};
 use crate::member::{feature, Member};
 use crate::memory::{MemoryMap, Region};
-use crate::ring::split::{AddressSpace, RingAddresses};
+use crate::ring::split::{self, AddressSpace, RingAddresses};
 use crate::ring::MAX_QUEUE_SIZE;
 use crate::runner::{Call, QueueSetup, Runner};
 use crate::session::MAX_CONFIG;
@@ -138,15 +138,22 @@ impl Adapter {
         let (_, runner) = slot.insert(match current {
             Some(current) => current,
             None => {
+                // There is no record of what is in flight, so the used index has to say what is done. The front end's word may
+                // be older: where the back end outlives the connection (virtio-vhost-user) it has gone on meanwhile.
+                let packed = *features & feature::RING_PACKED != 0;
+                let position = if packed {
+                    next_avail
+                } else {
+                    split::used_idx(map, AddressSpace::Guest, addresses, size, MAX_QUEUE_SIZE)?
+                };
                 let setup = QueueSetup {
                     index,
                     size,
                     addresses,
                     space: AddressSpace::Guest,
-                    position: u32::from(next_avail),
+                    position: u32::from(position),
                     driver_features: *features,
                     inflight: None,
-                    // There is no record of what is in flight, so the used index has to say what is done.
                     ordered: true,
                     log: None,
                     call: Call::default(),
