@@ -23,6 +23,7 @@ import functools
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -117,8 +118,8 @@ class RelayDevice:
         self._carrier: Carrier | None = None
         self._peer_pid: int | None = None
         self._logged = -_LOG_INTERVAL
-        self._next: Channel | None = None
-        """A master that connected when the slave had just gone down. It waits: see above."""
+        self._waiting: deque[Channel] = deque()
+        """Masters that had connected when the slave went down: they wait (see above)."""
         self._first = first
         self._down = ""
         """Why the slave went down, when a session's end has told us."""
@@ -148,9 +149,8 @@ class RelayDevice:
         if self._session is not None:
             self._session.cancel()
         self._unlisten()
-        if self._next is not None:
-            self._next.close()
-            self._next = None
+        while self._waiting:
+            self._waiting.popleft().close()
         with trio.CancelScope(shield=True):
             if self._server is not None:
                 await self._server.aclose()
@@ -236,14 +236,14 @@ class RelayDevice:
         self._listener = listener
 
     def _unlisten(self) -> None:
-        """Let no master connect. One that has done so just now keeps its connection, for when the slave is up again."""
+        """Let no master connect. Those that have done so keep their connection, for when the slave is up again."""
         listener, self._listener = self._listener, None
         if listener is None:
             return
         unlink_bound(self.socket_path("front"), self._identity)
-        if self._next is None:
-            with suppress(OSError):
-                self._next = Channel(listener.accept()[0])
+        with suppress(OSError):
+            while len(self._waiting) < _BACKLOG:
+                self._waiting.append(Channel(listener.accept()[0]))
         trio.lowlevel.notify_closing(listener)
         # connections that wait to be accepted go with it, and closing what was sent on them may take long
         _native.discard([listener.detach()])
@@ -305,9 +305,8 @@ class RelayDevice:
             logger.error("device %s: can't listen for masters: %s", self.config.name, error)
             await trio.sleep(1)
             return None
-        if self._next is not None:
-            channel, self._next = self._next, None
-            return channel
+        if self._waiting:
+            return self._waiting.popleft()
         listener = self._listener
         assert listener is not None
         found: list[socket.socket] = []
@@ -335,7 +334,7 @@ class RelayDevice:
             return None
         channel = Channel(found[0])
         if not self.native.slave_up:
-            self._next = channel
+            self._waiting.appendleft(channel)
             return None
         return channel
 

@@ -69,9 +69,13 @@ def test_slave_up_lets_a_master_connect_and_isnt_notified(device: Device) -> Non
     device.connect()
 
 
-def test_a_master_waits_until_the_slave_is_up(new_device: Device) -> None:
-    slave = new_device.power_on().start()
-    master = new_device.master()
+def test_a_master_waits_until_the_slave_is_up(device: Device) -> None:
+    """One that was there before its predecessor's session ended, and so has been let in already."""
+    slave = device.boot()
+    first = device.connect()
+    master = device.master()
+    first.close()
+    assert slave.config_changes() == 1
     master.send(R.GET_FEATURES)
     assert slave.nothing_comes()
     assert slave.status == 0
@@ -205,10 +209,10 @@ def test_the_driver_writes_nothing_but_slave_up(device: Device) -> None:
     exchange(master, slave, R.GET_FEATURES, b"", 0)
 
 
-def test_status_before_the_driver_is_ready_lets_nobody_connect(device: Device) -> None:
-    slave = device.power_on()
+def test_status_before_the_driver_is_ready_lets_nobody_connect(new_device: Device) -> None:
+    slave = new_device.power_on()
     slave.status = SLAVE_UP
-    master = device.master()
+    master = new_device.master()
     master.send(R.SET_OWNER)
     assert not slave.status & MASTER_UP
     slave.start().up()
