@@ -65,6 +65,18 @@ class Pair:
             return
         raise AssertionError(f"not {state} after {patience} s: {await self.device()}")
 
+    async def masters(self) -> int:
+        """How many there have been."""
+        return int((await self.device())["messages"]["masters"])
+
+    async def reconnected(self, before: int, patience: float = 60) -> None:
+        """Wait until there is another master than there were."""
+        with trio.move_on_after(patience):
+            while await self.masters() <= before:
+                await trio.sleep(0.05)
+            return
+        raise AssertionError(f"nobody came back within {patience} s: {await self.device()}")
+
     @contextlib.asynccontextmanager
     async def guest_b(self) -> AsyncIterator[BackendGuest]:
         """Guest B, with its slave up."""
@@ -178,15 +190,19 @@ async def test_who_may_die(tmp_path: Path, via: Via) -> None:
             await vm.load_goes_on()
 
             # The daemon: the bridge takes the slave down, and up again with the next one.
+            masters = await both.masters()
             await back.restart("daemon")
+            await both.reconnected(masters)
             await vm.load_goes_on()
 
             # The bridge, which has no time to say anything. The next one begins with a reset.
+            masters = await both.masters()
             await back.restart("bridge")
+            await both.reconnected(masters)
             await vm.load_goes_on()
 
             # Either guest is paused, and goes on: nobody reconnects.
-            masters = (await both.device())["messages"]["masters"]
+            masters = await both.masters()
             await back.vm.stop()
             await trio.sleep(0.3)
             assert (await both.device())["state"] == ("paused" if via == "vhost-user" else "connected")
@@ -195,12 +211,16 @@ async def test_who_may_die(tmp_path: Path, via: Via) -> None:
             await vm.stop()
             await vm.cont()
             await vm.load_goes_on()
-            assert (await both.device())["messages"]["masters"] == masters
+            assert await both.masters() == masters
 
             # All of guest B, without warning.
             await back.vm.system_reset()
+            await both.reconnected(masters)
             await vm.load_goes_on()
+            masters = await both.masters()
+            await back.ready()
             await back.vm.command("panic")
+            await both.reconnected(masters)
             await vm.load_goes_on()
 
             await check_load(both, vm)

@@ -77,17 +77,25 @@ class BackendGuest:
 
     def __init__(self, vm: guest.Vm) -> None:
         self.vm = vm
-        self._position = 0
+        self._positions: dict[Part | None, int] = {}
+        """Where to go on: for each part, and (None) for the guest itself. What the parts print may come before it is
+        ready."""
 
     async def ready(self, timeout: float = 60) -> None:
         """Wait until it takes commands; after a reboot until it does so again."""
-        await self._wait(lambda m: m.get("event") == "ready", "ready back end", timeout)
+        await self._wait(None, lambda m: m.get("event") == "ready", "ready back end", timeout)
+        # what was printed before this boot is of no interest any more
+        ready = self._positions[None]
+        boots = [number for number in range(ready) if self.vm.messages[number].get("event") == "boot"]
+        for part in ("daemon", "bridge"):
+            self._positions[part] = max(self._positions.get(part, 0), *boots[-1:], 0)
 
     async def wait_line(self, part: Part, words: str, timeout: float = 60) -> str:
         """The next line of the daemon or the bridge that has these words in it. Raises :class:`GuestError` if the
         bridge ends first; a daemon may be started again.
         """
         message = await self._wait(
+            part,
             lambda m: (m.get("event") == part and words in m["line"]) or (part == "bridge" and _is_end(m, part)),
             f"line {words!r} of the {part}",
             timeout,
@@ -102,16 +110,17 @@ class BackendGuest:
 
     async def wait_ended(self, part: Part, timeout: float = 30) -> int:
         """The exit status of the daemon or the bridge when it ends next."""
-        message = await self._wait(lambda m: _is_end(m, part), f"end of the {part}", timeout)
+        message = await self._wait(part, lambda m: _is_end(m, part), f"end of the {part}", timeout)
         return int(message["status"])
 
-    async def _wait(self, wanted: Callable[[guest.Message], bool], what: str, timeout: float) -> guest.Message:
-        message = await self.vm.wait_message(wanted, what, timeout, start=self._position)
+    async def _wait(
+        self, part: Part | None, wanted: Callable[[guest.Message], bool], what: str, timeout: float
+    ) -> guest.Message:
+        start = self._positions.get(part, 0)
+        message = await self.vm.wait_message(wanted, what, timeout, start=start)
         # By identity: two messages may well say the same.
-        self._position = next(
-            number + 1
-            for number, other in enumerate(self.vm.messages[self._position :], self._position)
-            if other is message
+        self._positions[part] = next(
+            number + 1 for number, other in enumerate(self.vm.messages[start:], start) if other is message
         )
         return message
 
