@@ -114,8 +114,8 @@ demo: native ## stock guests with a legacy driver on members, over vhost-user an
 
 # What runs in a guest that is a back end: static, since that guest has no libraries of this machine's. Cargo knows what is
 # up to date; a target of its own keeps the flags away from build scripts, and from what else is in target/.
-BRIDGE_CARGO = RUSTFLAGS='-C target-feature=+crt-static -C strip=symbols' \
-	cargo build --locked --release --target x86_64-unknown-linux-gnu
+BRIDGE_CARGO = RUSTFLAGS='-C target-feature=+crt-static' \
+	cargo build --locked --profile guest --target x86_64-unknown-linux-gnu
 
 vvu-bridge: rust ## the programs of a guest that is another guest's back end
 	@$(STEP) "vvu-bridge and vhu-blk"
@@ -163,7 +163,7 @@ test: test-tools vvu-bridge ## everything CI runs: format, lints, types, Rust an
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(STEP) "pytest"
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not matrix" $(PYTEST_ARGS)
 	$(STEP) "all passed"
 
 fuzz: rust ## the fuzz targets, FUZZ_SECONDS each (default 10)
@@ -202,8 +202,9 @@ bench: bench-tools ## every speed we promise, next to the peer's, as ratios: req
 	$(BIN)/python -m vhu_legacy.images kernel:6.12 qemu:11.1
 	$(BIN)/python benches/boot.py $$quick
 
-matrix: native ## all kernels x driver modes x QEMUs; JUnit XML in matrix.xml
+matrix: native vvu-bridge ## all kernels x driver modes x QEMUs, JUnit XML in matrix.xml; and the tests that are too many for `make test`
 	@$(BIN)/vhu-legacy matrix --junit matrix.xml $(MATRIX_ARGS)
+	$(BIN)/python -m pytest -m matrix
 
 clean: ## remove what was built here (not the cache of guest images)
 	@rm -rf $(VENV) target fuzz/target fuzz/artifacts build dist vhu_legacy/_native*.so matrix.xml

@@ -161,7 +161,7 @@ def built_programs() -> dict[str, Path]:
     """The programs that `make vvu-bridge` makes for such a guest, by the names they have in it. Raises
     :class:`ImagesError` for one that isn't there, or isn't static.
     """
-    directory = Path(os.environ.get("CARGO_TARGET_DIR") or _SOURCE_ROOT / "target") / _TARGET / "release"
+    directory = Path(os.environ.get("CARGO_TARGET_DIR") or _SOURCE_ROOT / "target") / _TARGET / "guest"
     programs = {"vvu-bridge": directory / "vvu-bridge", "vhu-blk": directory / "examples" / "vhu-blk"}
     for path in programs.values():
         if not path.is_file():
