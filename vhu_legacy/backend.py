@@ -655,8 +655,10 @@ class VhostUserServer:
         if data is None:
             return False
         try:
-            with trio.fail_after(2):
-                await reverse.send(data)
+            # At once if possible: QEMU's front end for any device dies of one that it gets when stopped.
+            if not reverse.send_now(data):
+                with trio.fail_after(2):
+                    await reverse.send(data)
         except (OSError, trio.TooSlowError, trio.ClosedResourceError) as error:
             # Part of it may be out: nothing more can be said there.
             logger.warning("member %d: CONFIG_CHANGE not sent, back-end channel closed: %s", self._member.id, error)
@@ -715,16 +717,24 @@ class VhostUserServer:
         """Whether a front end is attached that has agreed to `share_memory`."""
         return self._connection is not None and self._connection.session.has_shared_memory
 
-    async def share_memory(self, operation: _native.SharedMemoryOperation) -> bool | None:
+    @property
+    def is_sharing(self) -> bool:
+        """Whether an answer to `share_memory` is still to come."""
+        return self._connection is not None and self._connection.answered is not None
+
+    async def share_memory(
+        self, operation: _native.SharedMemoryOperation, carried_out: Callable[[], None]
+    ) -> bool | None:
         """Have the attached front end map something into the device's shared memory region, or unmap it.
 
         True when that is done, False when the front end refuses, or doesn't answer in time. None when it can't be
-        asked now: nobody is attached, the device isn't started, or an answer is still to come. After a cancellation the
-        answer may still come; until then it can't be asked again.
+        asked now: nobody is attached, the device isn't started, or an answer is still to come. After a cancellation, or
+        when it took too long, the answer may still come; until then it can't be asked again. `carried_out` is called
+        when it is done, also that late.
         """
         connection = self._connection
         reverse = None if connection is None else connection.reverse
-        if connection is None or reverse is None or connection.ended or connection.answered is not None:
+        if connection is None or reverse is None or connection.ended or connection.answered is not None or reverse.busy:
             return None
         request = connection.session.shared_memory(operation.map, operation.offset, operation.size, operation.fd_offset)
         if request is None:
@@ -748,6 +758,8 @@ class VhostUserServer:
             answer.append(done)
             answered.set()
             connection.answered = None
+            if done:
+                carried_out()
 
         connection.answered = take
         with trio.move_on_after(_SHARE_PATIENCE):

@@ -203,6 +203,20 @@ class Channel:
             raise OSError(errno.EMSGSIZE, "only part of a message fits into the socket")
         return True
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is in the middle of `send`."""
+        return self._sending is not None
+
+    def hung_up(self) -> bool:
+        """Whether the peer has closed the connection and everything it said has been received."""
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def shutdown(self) -> None:
         """End the connection in both directions: whoever waits in `receive` or `send` is woken."""
         with contextlib.suppress(OSError):

@@ -530,11 +530,11 @@ class Group:
     async def close_vhost_user_devices(self) -> None:
         """Close their sockets, and drop who is connected. Bounded; not cancelled."""
         with trio.CancelScope(shield=True):
-            for number in list(self._relays):
-                scope, ended = self._relay_scopes.pop(number)
+            for number, (scope, ended) in list(self._relay_scopes.items()):
                 scope.cancel()
                 await ended.wait()
                 self._relays.pop(number, None)
+                self._relay_scopes.pop(number, None)
 
     def vhost_user_devices_in_use(self) -> list[str]:
         """Names of those that a backend VM or a master is connected to."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import select
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 Carrier = Literal["vhost-user", "vfio-user"]
 
 _BACKLOG: Final = 8
+_SLAVE_REQUESTS: Final = 64
+"""Requests of a slave that may wait for a master who doesn't read them; then they have no channel any more."""
 _LOG_INTERVAL: Final = 10.0
 """Seconds between log lines about masters of one device that broke a rule."""
 
@@ -161,8 +164,10 @@ class RelayDevice:
 
     @property
     def in_use(self) -> bool:
-        """Whether a backend VM or a master is connected."""
-        return self._carrier is not None or self._session is not None
+        """Whether a backend VM or a master is connected, or a master waits to be."""
+        if self._carrier is not None or self._session is not None or self._waiting:
+            return True
+        return self._listener is not None and bool(select.select([self._listener], [], [], 0)[0])
 
     def native_event(self, kind: str, data: dict[str, Any]) -> None:
         """An event of the native device."""
@@ -279,21 +284,29 @@ class RelayDevice:
 
     def _why_down(self) -> str:
         down, self._down = self._down, ""
-        if down:
-            return down
         if self._carrier is None:
             return "the backend VM has disconnected"
         if self.native.member.info()["broken"] is not None:
             return "its driver broke a rule"
-        return "its driver said so, or the device was reset"
+        return down or "its driver said so, or the device was reset"
 
     async def _clear_leftovers(self) -> bool:
         """Unmap what the last master has left; False when the slave isn't up any more."""
         if not self._was_up:
             self._was_up = True
             self._tell("slave-up", {})
+        while self.native.slave_up and self._server is not None and self._server.is_sharing:
+            # of the last master's memory: the answer decides what there is to unmap
+            await trio.sleep(0.01)
         for operation in self.native.leftovers():
             if not await self._share(operation, lambda: self.native.slave_up):
+                if self.native.slave_up:
+                    logger.error(
+                        "device %s: the backend VM's QEMU doesn't unmap an earlier master's memory; "
+                        "no master can connect until the slave has been down",
+                        self.config.name,
+                    )
+                    await self._until(lambda: not self.native.slave_up)
                 return False
         return self.native.slave_up
 
@@ -340,6 +353,10 @@ class RelayDevice:
 
     async def _serve(self, channel: Channel) -> None:
         """One master, from its first message to its last."""
+        if channel.hung_up():
+            # it has waited in vain: no reason to end the slave's session with it
+            channel.close()
+            return
         peer_pid = channel.peer_pid()
         try:
             session = self.native.connect_master()
@@ -348,6 +365,7 @@ class RelayDevice:
             channel.close()
             return
         self._master_pid = peer_pid
+        self._down = ""
         self._tell("master-up", {"peer_pid": peer_pid})
         logger.info("device %s: master connected, pid %s", self.config.name, peer_pid)
         end = _End("the slave went down")
@@ -390,13 +408,12 @@ class RelayDevice:
                 # paused: the carrier dies of requests now
                 await self._changed.wait()
                 continue
-            done = await self._server.share_memory(operation)
+            # noted as soon as it is answered, whoever has stopped waiting for it
+            done = await self._server.share_memory(operation, functools.partial(self.native.carried_out, operation))
             if done is None:
                 # an answer is still to come, or there is no channel: nothing tells us when
                 await trio.sleep(0.01)
                 continue
-            if done:
-                self.native.carried_out(operation)
             return done
         return False
 
@@ -410,6 +427,8 @@ class _Session:
         self._number: Final = number
         self._channel: Final = channel
         self._slave_channel: Channel | None = None
+        self._requests: trio.MemorySendChannel[bytes] | None = None
+        """What the slave has to say on it."""
         self._slave_scope: trio.CancelScope | None = None
         self._nursery: trio.Nursery | None = None
         self._end: _End | None = None
@@ -423,8 +442,7 @@ class _Session:
                 await self._device._until(lambda: not self._alive())
                 self._over(_End("the slave went down, or its device was reset"))
         finally:
-            if self._slave_channel is not None:
-                self._slave_channel.close()
+            self._close_slave_channel()
         assert self._end is not None
         return self._end
 
@@ -487,27 +505,41 @@ class _Session:
             if not messages:
                 await changed.wait()
             for to_channel, data in messages:
-                channel = self._slave_channel if to_channel else self._channel
-                if channel is None:
-                    continue
-                try:
-                    await channel.send(data)
-                except (OSError, trio.ClosedResourceError) as error:
-                    if not to_channel:
-                        raise
-                    logger.info("device %s: slave's channel: %s", self._device.config.name, error)
-                    self._close_slave_channel()
+                if not to_channel:
+                    await self._channel.send(data)
+                elif self._requests is not None:
+                    # Not waited for: a master that waits for an answer reads no requests.
+                    try:
+                        self._requests.send_nowait(data)
+                    except trio.WouldBlock:
+                        logger.info("device %s: the master doesn't read the slave's requests", self._device.config.name)
+                        self._close_slave_channel()
 
     def _open_slave_channel(self, fd: int) -> None:
         assert self._nursery is not None
         self._close_slave_channel()
-        self._slave_channel = Channel.from_fd(fd)
-        self._nursery.start_soon(self._guard, functools.partial(self._from_channel, self._slave_channel))
+        self._slave_channel = channel = Channel.from_fd(fd)
+        self._requests, requests = trio.open_memory_channel[bytes](_SLAVE_REQUESTS)
+        self._nursery.start_soon(self._guard, functools.partial(self._from_channel, channel))
+        self._nursery.start_soon(self._guard, functools.partial(self._to_channel, channel, requests))
 
     def _close_slave_channel(self) -> None:
         channel, self._slave_channel = self._slave_channel, None
+        requests, self._requests = self._requests, None
+        if requests is not None:
+            requests.close()
         if channel is not None:
             channel.close()
+
+    async def _to_channel(self, channel: Channel, requests: trio.MemoryReceiveChannel[bytes]) -> None:
+        """Requests of the slave, in their order."""
+        try:
+            async for data in requests:
+                await channel.send(data)
+        except (OSError, trio.ClosedResourceError) as error:
+            logger.info("device %s: slave's channel: %s", self._device.config.name, error)
+            if self._slave_channel is channel:
+                self._close_slave_channel()
 
     async def _from_channel(self, channel: Channel) -> None:
         """Answers of the master to requests of the slave's."""

@@ -278,6 +278,8 @@ class _Sender:
             # somebody may have come while members moved
             _check_devices(self._group)
         self._devices_closed = True
+        # should they be served here again, masters know them
+        self._group.first = False
         await self._group.close_vhost_user_devices()
 
     async def _move(self, slot: _Slot) -> bool:

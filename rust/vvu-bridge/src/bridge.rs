@@ -580,6 +580,7 @@ impl<'a, R: Registers> Bridge<'a, R> {
                         self.drop_slave(session);
                     }
                 }
+                Route::Nowhere => {}
                 Route::Request(fds) => {
                     let number = u32_at(&message, 0);
                     if matches!(number, Some(request::SET_VRING_KICK | request::SET_VRING_ENABLE)) {
@@ -689,7 +690,10 @@ impl<'a, R: Registers> Bridge<'a, R> {
                     message.fds
                 ));
                 if let Some(reply) = refusal(&message.bytes) {
-                    channel.send(reply, Vec::new())?;
+                    if channel.send(reply, Vec::new()).is_err() {
+                        self.drop_slave(session);
+                        return Ok(false);
+                    }
                 }
                 continue;
             }

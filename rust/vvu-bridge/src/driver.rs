@@ -49,6 +49,8 @@ pub struct Device<'a, R> {
     uuid: [u8; 16],
     /// Where the doorbell of each index is; the last one is the log's.
     doorbells: Vec<usize>,
+    /// The log's index: 2N+2 with the N that the device says, which may be more than can be used.
+    log: u16,
     /// Bits of the ISR status that can mean a kick.
     kick_bits: u8,
 }
@@ -157,6 +159,7 @@ impl<'a, R: Registers> Device<'a, R> {
             queues,
             uuid: uuid(registers),
             doorbells,
+            log,
             kick_bits: if special_queues {
                 isr::QUEUE | isr::KICK
             } else {
@@ -319,11 +322,7 @@ impl<'a, R: Registers> Device<'a, R> {
 
     /// Rings the log doorbell.
     pub fn log(&self) {
-        // Its index is 2N+2 with the N that the device says, which may be more than can be used.
-        let count = self.registers.read32(Structure::Device, config::MAX_VHOST_QUEUES);
-        if let Some(index) = count.checked_mul(2).and_then(|two| u16::try_from(two + 2).ok()) {
-            self.ring(index, self.doorbells.len() - 1);
-        }
+        self.ring(self.log, self.doorbells.len() - 1);
     }
 
     fn doorbell(&self, index: u16) {

@@ -53,6 +53,8 @@ pub enum Route {
     Request(Fds),
     /// To the slave channel: the answer to a request of the daemon.
     SlaveReply,
+    /// To nobody: the answer to a request that came on a slave channel which is gone.
+    Nowhere,
 }
 
 /// A message that can't be relayed; it ends the session.
@@ -99,6 +101,8 @@ pub struct Proxy {
     slave_channel: bool,
     /// Slave requests that wait for a reply, oldest first.
     outstanding: VecDeque<u32>,
+    /// The same of slave channels before the present one.
+    late: VecDeque<u32>,
 }
 
 impl Proxy {
@@ -111,6 +115,7 @@ impl Proxy {
             asked: [0; REQUESTS],
             slave_channel: false,
             outstanding: VecDeque::new(),
+            late: VecDeque::new(),
         }
     }
 
@@ -126,7 +131,10 @@ impl Proxy {
         let fds = self.request(header, message)?;
         if fds == Fds::SlaveChannel {
             self.slave_channel = true;
-            // Replies to requests sent on a channel that is gone can still come. They are for nobody, see `slave_reply`.
+            // Their replies can still come, and are for nobody. More than a few of them are forgotten.
+            self.late.append(&mut self.outstanding);
+            let excess = self.late.len().saturating_sub(MAX_OUTSTANDING);
+            self.late.drain(..excess);
         }
         // In range: `request` knows the number.
         let asked = &mut self.asked[header.request as usize];
@@ -178,12 +186,16 @@ impl Proxy {
     /// A reply from the rxq can only be to a request of the slave: the master's own requests never have the flag. Masters
     /// answer in order, but only a reply to what was never asked is wrong beyond doubt.
     fn slave_reply(&mut self, header: Header) -> Result<Route, Violation> {
-        let place = self.outstanding.iter().position(|&request| request == header.request);
-        match place {
-            Some(place) if self.slave_channel => {
-                self.outstanding.remove(place);
-                Ok(Route::SlaveReply)
-            }
+        let take = |list: &mut VecDeque<u32>| {
+            let place = list.iter().position(|&request| request == header.request)?;
+            list.remove(place)
+        };
+        // Those asked for first are answered first.
+        if take(&mut self.late).is_some() {
+            return Ok(Route::Nowhere);
+        }
+        match take(&mut self.outstanding) {
+            Some(_) if self.slave_channel => Ok(Route::SlaveReply),
             _ => Err(Violation::Reply(header.request)),
         }
     }

@@ -98,6 +98,9 @@ pub struct Operation {
     pub fd: Arc<OwnedFd>,
     /// Where in the file.
     pub fd_offset: u64,
+    shown: Shown,
+    /// Resets before it was made: each has dropped all mappings.
+    epoch: u64,
 }
 
 /// What a message of the master leaves to do.
@@ -141,8 +144,10 @@ impl Shown {
             && self.wanted.mmap_offset == other.wanted.mmap_offset
     }
 
-    fn operation(&self, map: bool) -> Operation {
+    fn operation(&self, map: bool, epoch: u64) -> Operation {
         Operation {
+            shown: self.clone(),
+            epoch,
             map,
             offset: self.offset,
             size: self.wanted.size,
@@ -206,6 +211,8 @@ struct State {
     /// Over vhost-user: rings were stopped, and whether by a pause or by a reset isn't known yet.
     paused: bool,
     resets: u64,
+    /// Times the front end has dropped its mappings by itself.
+    epoch: u64,
     last: Option<LastMessage>,
     last_error: Option<Fault>,
 }
@@ -463,7 +470,11 @@ impl VvuDevice {
         if !remote {
             self.clear_window(&mut state);
         }
-        state.shown.iter().map(|shown| shown.operation(false)).collect()
+        state
+            .shown
+            .iter()
+            .map(|shown| shown.operation(false, state.epoch))
+            .collect()
     }
 
     /// A master has connected. Returns the number of its session.
@@ -793,9 +804,20 @@ impl VvuDevice {
         let mut operations = Vec::new();
         if remote {
             let stays = |shown: &&Shown| !wanted.iter().any(|other| other.same(shown));
-            operations.extend(state.shown.iter().filter(stays).map(|shown| shown.operation(false)));
+            operations.extend(
+                state
+                    .shown
+                    .iter()
+                    .filter(stays)
+                    .map(|shown| shown.operation(false, state.epoch)),
+            );
             let new = |shown: &&Shown| !state.shown.iter().any(|other| other.same(shown));
-            operations.extend(wanted.iter().filter(new).map(|shown| shown.operation(true)));
+            operations.extend(
+                wanted
+                    .iter()
+                    .filter(new)
+                    .map(|shown| shown.operation(true, state.epoch)),
+            );
         } else {
             let window = Arc::new(self.map_of(&wanted)?);
             let before = (
@@ -848,14 +870,16 @@ impl VvuDevice {
     /// The front end has mapped or unmapped this.
     pub fn carried_out(&self, operation: &Operation) {
         let mut state = self.lock();
-        let place = |shown: &Shown| shown.offset == operation.offset && shown.wanted.size == operation.size;
-        if !operation.map {
-            state.shown.retain(|shown| !place(shown));
+        if state.epoch != operation.epoch {
             return;
         }
-        let held = state.master.as_ref().and_then(|master| master.held.as_ref());
-        let new = held.and_then(|(_, wanted)| wanted.iter().find(|shown| place(shown)).cloned());
-        state.shown.extend(new);
+        if operation.map {
+            // Also when the master has gone meanwhile: it is there, and has to be taken down before the next one's.
+            state.shown.push(operation.shown.clone());
+        } else {
+            let place = |shown: &Shown| shown.offset == operation.offset && shown.wanted.size == operation.size;
+            state.shown.retain(|shown| !place(shown));
+        }
     }
 
     /// Everything a message asked for is mapped: the driver may see it.
@@ -984,6 +1008,7 @@ impl VvuDevice {
         // All rings have stopped, or have been told to.
         state.ready = false;
         // The front end has dropped its mappings by itself, if it had any.
+        state.epoch += 1;
         self.clear_window(state);
         self.drop_master(state);
         self.tell_relay();
