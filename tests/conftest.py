@@ -20,6 +20,46 @@ from typing import Any, Protocol
 import pytest
 
 START_TIMEOUT = 20.0
+MATRIX = frozenset(
+    {
+        "test_guest.py::test_boot[transitional]",
+        "test_guest.py::test_guest_reboot[modern]",
+        "test_guest.py::test_hot_plug_and_unplug[pc-transitional]",
+        "test_guest.py::test_hot_plug_and_unplug[q35-legacy]",
+        "test_guest_backend.py::test_a_back_end_comes_back",
+        "test_guest_backend.py::test_file_system[5.10]",
+        "test_guest_migration.py::test_migration_under_load[6.12-legacy-False-1]",
+        "test_guest_recovery.py::test_killed_under_load[7.2-11.1-modern-True-True-1]",
+        "test_guest_recovery.py::test_kills_around_stop_and_reset[7.2-modern-True-True]",
+        "test_guest_vfio.py::test_driver_taken_away_and_function_reset[owner]",
+        "test_guest_vfio.py::test_firmware_boots_from_a_function[legacy-None]",
+        "test_guest_vfio.py::test_firmware_boots_from_a_function[modern-None]",
+        "test_guest_vfio.py::test_firmware_boots_from_a_function[owner-None]",
+        "test_guest_vfio.py::test_front_ends_take_turns",
+        "test_guest_vfio.py::test_legacy_function[7.2-None-append3-True-msix]",
+        "test_guest_vfio.py::test_memory_that_is_not_shared[owner-7.2-True]",
+        "test_guest_vfio.py::test_one_front_end_at_a_time",
+        "test_guest_vfio.py::test_owner[6.12-owner1-msix-2]",
+        "test_guest_vfio.py::test_owner[6.12-owner3-intx-0]",
+        "test_guest_vfio.py::test_owner_after_a_reboot[7.2]",
+        "test_guest_vfio.py::test_resize_is_seen_by_the_running_guest[legacy-0]",
+        "test_guest_vfio.py::test_resize_is_seen_by_the_running_guest[modern-None]",
+        "test_guest_vfio.py::test_stopped_and_resumed_amid_io[modern]",
+        "test_guest_vfio.py::test_two_queues_of_a_legacy_function",
+        "test_guest_vvu.py::test_every_access_trapped",
+        "test_guest_vvu.py::test_who_has_to_be_started_again[vfio-user]",
+    }
+)
+"""Guests that are too many for `make test`, which runs others like them; `make matrix` runs these (marker `matrix`)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `make matrix`."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in MATRIX:
+            item.add_marker(pytest.mark.matrix)
+
+
 STOP_TIMEOUT = 20.0
 
 

@@ -141,7 +141,7 @@ class Device:
                 return self._stack.enter_context(Master(path))
             except (FileNotFoundError, ConnectionRefusedError):
                 if time.monotonic() > deadline:
-                    raise
+                    raise AssertionError(f"no listener for {TIMEOUT} s: {self.query()}") from None
                 time.sleep(0.005)
 
     def connect(self) -> Master:

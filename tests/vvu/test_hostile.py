@@ -451,9 +451,18 @@ def test_no_descriptor_is_left_of_all_that(rig: Rig, shared_target: Target) -> N
 
 
 def test_a_table_over_the_place_of_the_log(target: Target) -> None:
-    """Nothing was there before the log, so it came first."""
+    """Nothing was there before the log, so it came first. While it isn't written any more it is in nobody's way."""
     master = target.master()
     with Fds() as fds:
+        master.send(R.SET_LOG_BASE, LOG.pack(PAGE, 0), [fds.memory()])
+        assert target.slave.receive().request == R.SET_LOG_BASE
+        master.send(R.SET_MEM_TABLE, *table((0, PAGE, 0), fds=[fds.memory()]))
+        assert target.slave.receive().request == R.SET_MEM_TABLE
+        assert [region["log"] for region in target.device.query()["memory"]] == [False]
+        master.send(R.SET_FEATURES, U64.pack(1 << 26))
+        assert target.slave.receive().request == R.SET_FEATURES
+        master.send(R.SET_MEM_TABLE, *table(fds=[]))
+        assert target.slave.receive().request == R.SET_MEM_TABLE
         master.send(R.SET_LOG_BASE, LOG.pack(PAGE, 0), [fds.memory()])
         assert target.slave.receive().request == R.SET_LOG_BASE
         master.send(R.SET_MEM_TABLE, *table((0, PAGE, 0), fds=[fds.memory()]))
@@ -837,26 +846,16 @@ def test_protocol_features_of_another_size(target: Target, size: int) -> None:
 
 
 def test_a_flood_of_requests_of_the_slave(rig: Rig, target: Target, beside: Beside) -> None:
-    """Nobody reads them: they stay in txq. The device's registers go on working."""
+    """Nobody reads them: the master loses its channel, and nothing else. Answers don't wait behind them."""
     slave = target.slave
     master = with_channel(target)
     before = resident(rig)
-    heads = []
-    for _ in range(2000):
-        heads.append(slave.send(2, bytes(4000), wait=False))
-        if len(heads) > 40 and full(slave, heads[-40]):
-            break
-    else:
-        raise AssertionError("txq is never full")
+    for _ in range(1000):
+        slave.send(2, bytes(4000))
     beside.check()
     assert slave.status == 3
     assert resident(rig) - before < 8 << 20
-    slave.status = 0
-    with suppress(ConnectionLost):
-        master.wait_closed()
-    slave.transmitted(heads[-1])
-    slave.up()
-    target.device.works(target.device.connect())
+    exchange(master, slave, R.GET_FEATURES, b"", 1)
 
 
 def test_a_flood_of_requests_before_there_is_a_channel(rig: Rig, target: Target) -> None:
@@ -873,9 +872,8 @@ def test_status_up_and_down_without_end(target: Target, beside: Beside) -> None:
     slave = target.slave
     for number in range(200):
         slave.status = number % 2
-        if number % 20 == 0:
-            with suppress(OSError):
-                target.device.master().close()
+        if number % 20 == 1:
+            target.device.master().close()
     beside.check()
     slave.status = SLAVE_UP
     master = target.device.master()

@@ -390,6 +390,7 @@ def test_the_group_ends_in_order_with_both_sides_connected(tmp_path: Path, carri
 def test_a_block_driver_works_through_the_slave(device: Device) -> None:
     """A front end's whole life, with a driver's rings served in its own memory."""
     slave = device.boot()
+    wait_until(device.rig.path(device.name, "front").exists, what="the listener")
     with BlkProgram(slave) as program:
         with BlkDriver(device.rig.path(device.name, "front"), queues=2, regions=2, memory_size=2 << 20) as driver:
             driver.start()

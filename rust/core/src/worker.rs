@@ -253,6 +253,11 @@ pub enum Flow {
 pub trait Source: Send {
     /// The fd to watch, level triggered. Always the same one, and open until the source is dropped.
     fn fd(&self) -> RawFd;
+    /// Whether a visit takes all that there is: then it is watched for what is new only (a peer's eventfd that counts down by
+    /// one would be ready for ever). Never with an interest that changes.
+    fn edge(&self) -> bool {
+        false
+    }
     /// What to watch it for; asked again after each visit.
     fn interest(&self) -> Interest;
     /// Do a bounded amount of work; never block. A panic ends the source.
@@ -283,6 +288,8 @@ struct Signal {
     /// It was asked for again since. The peer may have seen the write before we see that it has ended, so this can't be left
     /// out.
     again: bool,
+    /// When it began.
+    since: Instant,
 }
 
 /// Interrupts of sources that are under way.
@@ -297,6 +304,8 @@ struct Signals {
 impl Signals {
     /// Most that may be under way at once. Only eventfds that their owner has filled and made blocking stay so.
     const MOST: usize = 4096;
+    /// From so many on, those that don't get through are given up: each keeps a descriptor of the peer's open.
+    const CROWD: usize = 32;
 
     fn send(&mut self, fd: &Arc<OwnedFd>, uring: &mut Uring) {
         let address = Arc::as_ptr(fd) as usize;
@@ -305,6 +314,18 @@ impl Signals {
                 signal.again = true;
             }
             return;
+        }
+        let now = Instant::now();
+        if self.known.len() >= Self::CROWD {
+            for (index, signal) in self.under_way.iter_mut().enumerate() {
+                if let Some(signal) = signal
+                    .as_mut()
+                    .filter(|it| now.saturating_duration_since(it.since) > LINGER)
+                {
+                    signal.since = now;
+                    uring.cancel(((SIGNALS + index) as u64) << 16, u64::MAX);
+                }
+            }
         }
         let index = match self.free.pop() {
             Some(index) => index,
@@ -318,6 +339,7 @@ impl Signals {
         self.under_way[index] = Some(Signal {
             fd: Arc::clone(fd),
             again: false,
+            since: now,
         });
         uring.signal(fd.as_raw_fd(), ((SIGNALS + index) as u64) << 16);
     }
@@ -331,6 +353,7 @@ impl Signals {
             // One that was cancelled, or has failed, would only fail again.
             Some(signal) if signal.again && result > 0 => {
                 signal.again = false;
+                signal.since = Instant::now();
                 uring.signal(signal.fd.as_raw_fd(), ((SIGNALS + index) as u64) << 16);
             }
             _ => {
@@ -833,9 +856,12 @@ impl Worker {
 
     fn add_source(&mut self, key: u64, mut source: Box<dyn Source>) {
         let interest = source.interest();
-        let added = self
-            .epoll
-            .add_for(source.fd(), TOKEN_SOURCES | key, interest.read, interest.write);
+        let added = if source.edge() {
+            self.epoll.add_edge(source.fd(), TOKEN_SOURCES | key)
+        } else {
+            self.epoll
+                .add_for(source.fd(), TOKEN_SOURCES | key, interest.read, interest.write)
+        };
         if self.quit || added.is_err() {
             source.end();
             return;

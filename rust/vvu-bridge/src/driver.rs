@@ -277,12 +277,15 @@ impl<'a, R: Registers> Device<'a, R> {
     /// # Errors
     /// The device breaks the rules of the ring.
     pub fn receive(&mut self) -> Result<Option<Vec<u8>>> {
-        let Some((slot, length)) = self.rx.take_used()? else {
-            return Ok(None);
-        };
-        let message = self.rx.copy(slot, length);
-        self.rx.offer();
-        Ok(Some(message))
+        while let Some((slot, length)) = self.rx.take_used()? {
+            let message = self.rx.copy(slot, length);
+            self.rx.offer();
+            // An empty one was for a master who went in the middle of it.
+            if !message.is_empty() {
+                return Ok(Some(message));
+            }
+        }
+        Ok(None)
     }
 
     /// Whether [`Device::send`] has room. Takes back buffers first.

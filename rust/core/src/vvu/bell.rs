@@ -36,7 +36,7 @@ impl Bell {
 
     /// Where notifications go from now on; None: nowhere.
     pub fn set_to(&self, to: Option<Call>) {
-        let somewhere = to.is_some();
+        let somewhere = to.as_ref().is_some_and(|call| self.reaches(call));
         *self.to.lock().unwrap_or_else(PoisonError::into_inner) = to;
         // In this order: who rings at the same time either finds the new place, or has left its word before this.
         if somewhere && self.waiting.load(Ordering::SeqCst) {
@@ -44,6 +44,11 @@ impl Bell {
                 from.wake();
             }
         }
+    }
+
+    /// Whether there is somebody on the other side. Interrupts that are being set up again have no eventfd for a moment.
+    fn reaches(&self, call: &Call) -> bool {
+        !self.patient || call.fd.is_some() || call.isr.is_some()
     }
 
     /// Whether notifications go anywhere.
@@ -84,7 +89,7 @@ impl Bell {
 
     fn pass_on(&self, new: bool) -> Option<Arc<OwnedFd>> {
         let to = self.to.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(Call { fd, isr }) = &*to else {
+        let Some(Call { fd, isr }) = to.as_ref().filter(|call| self.reaches(call)) else {
             if self.patient {
                 self.waiting.store(true, Ordering::SeqCst);
             } else if new {
@@ -118,6 +123,10 @@ struct Ringer {
 impl Source for Ringer {
     fn fd(&self) -> RawFd {
         self.fd.as_raw_fd()
+    }
+
+    fn edge(&self) -> bool {
+        true
     }
 
     fn interest(&self) -> Interest {

@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use crate::device::{ConfigField, Device, Doorbells, QueueContext, Request, SharedMemory, Step};
 use crate::error::{Error, Fault, Result};
 use crate::event::Event;
-use crate::member::{Front, Member};
+use crate::member::{feature, Front, Member};
 use crate::memory::{MemoryMap, Region};
 use crate::runner::Call;
 use crate::sys::{self, PeerFd};
@@ -623,6 +623,11 @@ impl VvuDevice {
                     let end = wanted.last().map_or(0, Shown::end);
                     for log in state.shown.iter().filter(|shown| shown.log) {
                         if log.offset < end {
+                            let logging = |features: u64| features & feature::LOG_ALL != 0;
+                            if !master.features_accepted.is_some_and(logging) {
+                                // Of a migration that came to nothing: it is unmapped.
+                                continue;
+                            }
                             return Err(Fault::new(
                                 "shared-memory.log-overlap",
                                 "memory grows over the place of the log in the shared memory region",
@@ -1152,8 +1157,9 @@ impl Device for VvuDevice {
         if ready != state.ready {
             state.ready = ready;
             state.paused = !ready;
-            self.tell_relay();
         }
+        // Even so: a ring of a PCI function that is reset by itself stops without a word.
+        self.tell_relay();
     }
 
     fn config_fields(&self) -> &'static [ConfigField] {
@@ -1196,10 +1202,11 @@ impl Device for VvuDevice {
         }
         let status = u32::from_le_bytes(status);
         if status & !(SLAVE_UP | MASTER_UP) != 0 {
+            let noticed = state.ready;
             drop(state);
             let fault = Fault::new("config.status", format!("status {status:#x}; bits 0 and 1 are defined"));
-            // As the prototypes have it: DEVICE_NEEDS_RESET.
-            if let Some(member) = self.member() {
+            // As the prototypes have it: DEVICE_NEEDS_RESET. Over vhost-user a reset before the rings run can't be noticed.
+            if let Some(member) = self.member().filter(|_| noticed || !self.maps_remotely()) {
                 member.owner().break_it(fault.clone());
             }
             return Err(fault);
@@ -1226,7 +1233,7 @@ impl Device for VvuDevice {
     fn start(&self, request: &mut Request, context: &QueueContext<'_>) -> std::result::Result<Step, Fault> {
         if context.queue == RXQ {
             let Some(message) = self.lock().rx.pop_front() else {
-                // A reset has come in between; nobody will look at this buffer.
+                // The session has ended in between. Nothing was written, and drivers pass over that.
                 return Ok(Step::Done(0));
             };
             let room = request.chain.writable.len();
