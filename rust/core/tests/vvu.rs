@@ -504,14 +504,20 @@ fn regions_in_the_masters_order_then_the_log() {
         (0, 0x123, 0x6000, true),
     ];
     assert_eq!(places(&bed), wanted);
-    // Another log takes its place; memory that shrinks leaves it there, and memory that grows over it can't be.
+    // Another log takes its place; memory that shrinks leaves it there, and memory that grows over it can't be while it is
+    // kept. When it isn't, it is in nobody's way.
     master.log(0x456, 0, &log).unwrap();
     master.memory(&table[..1]).unwrap();
     assert_eq!(places(&bed), [wanted[0], (0, 0x456, 0x6000, true)]);
     let long = [(0, 0x7000, 0, &files[0])];
+    master.memory(&long).unwrap();
+    assert_eq!(places(&bed), [(0, 0x7000, 0, false)]);
+    master.memory(&table[..1]).unwrap();
+    master.number(SET_FEATURES, 1 << 26, vec![]);
+    master.log(0x456, 0, &log).unwrap();
     assert_eq!(rule(master.memory(&long)), "shared-memory.log-overlap");
     master.memory(&[]).unwrap();
-    assert_eq!(places(&bed), [(0, 0x456, 0x6000, true)]);
+    assert_eq!(places(&bed), [(0, 0x456, 0x3000, true)]);
 }
 
 #[test]

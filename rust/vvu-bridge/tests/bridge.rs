@@ -441,7 +441,6 @@ fn a_master_that_makes_no_sense_ends_its_session_not_the_bridge() {
         build(CONFIG_CHANGE, REPLY, &word(0)),
         build(4711, 0, &[]),
         vec![1, 2, 3],
-        vec![],
     ] {
         let world = World::new(Setup::default());
         let daemon = world.session();
@@ -452,6 +451,16 @@ fn a_master_that_makes_no_sense_ends_its_session_not_the_bridge() {
         assert_eq!(world.request(&daemon, &ask, 0).0, ask);
         assert_eq!(world.device.state().resets, 1);
     }
+}
+
+/// The device uses up a buffer like that when a master goes in the middle of a message.
+#[test]
+fn an_empty_message_is_passed_over() {
+    let world = World::new(Setup::default());
+    let daemon = world.session();
+    world.device.send(&[]);
+    let ask = build(GET_FEATURES, 0, &[]);
+    assert_eq!(world.request(&daemon, &ask, 0).0, ask);
 }
 
 #[test]
