@@ -205,6 +205,7 @@ bench: bench-tools ## every speed we promise, next to the peer's, as ratios: req
 matrix: native vvu-bridge ## all kernels x driver modes x QEMUs, JUnit XML in matrix.xml; and the tests that are too many for `make test`
 	@$(BIN)/vhu-legacy matrix --junit matrix.xml $(MATRIX_ARGS)
 	$(BIN)/python -m pytest -m matrix
+	$(BIN)/python -m vhu_legacy.demo_vvu
 
 clean: ## remove what was built here (not the cache of guest images)
 	@rm -rf $(VENV) target fuzz/target fuzz/artifacts build dist vhu_legacy/_native*.so matrix.xml
