@@ -14,7 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUST_MINIMUM := 1.87
-FUZZ_SECONDS ?= 10
+FUZZ_SECONDS ?= 6
 
 # The tests of the native module's crate need no Python, so a machine without libpython's development files can link them.
 export PYO3_BUILD_EXTENSION_MODULE := 1
@@ -166,7 +166,7 @@ test: test-tools vvu-bridge ## everything CI runs: format, lints, types, Rust an
 	$(BIN)/python -m pytest -m "not matrix" $(PYTEST_ARGS)
 	$(STEP) "all passed"
 
-fuzz: rust ## the fuzz targets, FUZZ_SECONDS each (default 10)
+fuzz: rust ## the fuzz targets, FUZZ_SECONDS each (default 6)
 	@fuzz/run.sh $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 # What the plot needs: the extra `bench` of pyproject.toml.

@@ -24,8 +24,11 @@ MATRIX = frozenset(
     {
         "test_guest.py::test_boot[transitional]",
         "test_guest.py::test_guest_reboot[modern]",
+        "test_guest.py::test_hot_plug_and_unplug[pc-legacy]",
         "test_guest.py::test_hot_plug_and_unplug[pc-transitional]",
         "test_guest.py::test_hot_plug_and_unplug[q35-legacy]",
+        "test_guest.py::test_modern_only_member_refuses_a_legacy_driver",
+        "test_guest.py::test_qemu_restart_on_the_same_socket",
         "test_guest_backend.py::test_a_back_end_comes_back",
         "test_guest_backend.py::test_file_system[5.10]",
         "test_guest_migration.py::test_migration_under_load[6.12-legacy-False-1]",
@@ -37,6 +40,8 @@ MATRIX = frozenset(
         "test_guest_vfio.py::test_firmware_boots_from_a_function[owner-None]",
         "test_guest_vfio.py::test_front_ends_take_turns",
         "test_guest_vfio.py::test_legacy_function[7.2-None-append3-True-msix]",
+        "test_guest_vfio.py::test_matrix_cells",
+        "test_guest_vfio.py::test_memory_that_is_not_shared[legacy-6.12-False]",
         "test_guest_vfio.py::test_memory_that_is_not_shared[owner-7.2-True]",
         "test_guest_vfio.py::test_one_front_end_at_a_time",
         "test_guest_vfio.py::test_owner[6.12-owner1-msix-2]",
@@ -48,6 +53,7 @@ MATRIX = frozenset(
         "test_guest_vfio.py::test_two_queues_of_a_legacy_function",
         "test_guest_vvu.py::test_every_access_trapped",
         "test_guest_vvu.py::test_who_has_to_be_started_again[vfio-user]",
+        "test_guest_vvu.py::test_who_may_die[vfio-user]",
     }
 )
 """Guests that are too many for `make test`, which runs others like them; `make matrix` runs these (marker `matrix`)."""

@@ -360,9 +360,10 @@ class RelayDevice:
         peer_pid = channel.peer_pid()
         try:
             session = self.native.connect_master()
-        except _native.BusyError as error:
-            logger.info("device %s: a master is turned away: %s", self.config.name, error)
-            channel.close()
+        except _native.BusyError:
+            # the slave has just gone down
+            self._waiting.appendleft(channel)
+            await trio.lowlevel.checkpoint()
             return
         self._master_pid = peer_pid
         self._down = ""
