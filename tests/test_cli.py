@@ -783,7 +783,7 @@ def test_a_device_that_broke_a_rule(devices: Served) -> None:
 def test_upgrade_serves_devices_anew(devices: Served) -> None:
     run_dir = devices.ready["run_dir"]
     # a new file may well have the old one's number
-    before = {name: device_socket(devices, name, "front").stat().st_ctime_ns for name in ("disk", "net")}
+    before = {name: device_socket(devices, name, "vhost-user").stat().st_ctime_ns for name in ("disk", "net")}
     try:
         answer = run_json("upgrade", run_dir)
         assert answer["pid"] != devices.process.pid
@@ -791,7 +791,7 @@ def test_upgrade_serves_devices_anew(devices: Served) -> None:
         assert [device["state"] for device in run_json("devices")] == ["waiting", "waiting"]
         assert run_json("devices", "net")["uuid"] == "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
         for name, made in before.items():
-            assert device_socket(devices, name, "front").stat().st_ctime_ns > made
+            assert device_socket(devices, name, "vhost-user").stat().st_ctime_ns > made
         with attach(str(device_socket(devices, "disk", "vhost-user"))):
             wait_device("disk", "carrier", "vhost-user")
     finally:

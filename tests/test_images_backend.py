@@ -185,7 +185,7 @@ def test_programs_must_be_there_and_static(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("CARGO_TARGET_DIR", str(tmp_path))
     with pytest.raises(ImagesError, match="vvu-bridge is missing: run `make vvu-bridge`"):
         initramfs.built_programs()
-    directory = tmp_path / "x86_64-unknown-linux-gnu/release"
+    directory = tmp_path / "x86_64-unknown-linux-gnu/guest"
     (directory / "examples").mkdir(parents=True)
     (directory / "vvu-bridge").write_bytes(b"\x7fELF static")
     (directory / "examples/vhu-blk").write_bytes(b"\x7fELF /lib64/ld-linux-x86-64.so.2")
