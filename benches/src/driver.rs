@@ -235,7 +235,7 @@ impl Driver {
     /// # Errors
     /// The socket's errors, and anything the back end refuses or answers wrongly.
     pub fn start(socket: &Path, job: Job) -> io::Result<Self> {
-        let mut terms = negotiate(Connection::open(socket)?, &job)?;
+        let mut terms = negotiate(Connection::open_patiently(socket)?, &job)?;
         let mut inflight = None;
         terms.track_inflight(&job, &mut inflight)?;
         let mut driver = Self::lay_out(terms, job)?;

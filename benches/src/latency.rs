@@ -199,7 +199,7 @@ struct Master {
 impl Master {
     /// Connects and hands over its eventfds; `receive` takes what arrives in rxq.
     fn start(plan: &Plan, mut receive: impl FnMut() -> io::Result<Option<Vec<u8>>>) -> io::Result<Self> {
-        let mut connection = Connection::open(&plan.front)?;
+        let mut connection = Connection::open_patiently(&plan.front)?;
         let (kick, call) = (EventFd::new(plan.flags)?, EventFd::new(plan.flags)?);
         let none = 0u64.to_le_bytes();
         connection.set(request::SET_VRING_CALL, &none, &[call.as_raw_fd()])?;

@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -77,6 +77,21 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// As `open`, with patience: a virtio-vhost-user device listens for masters only while its slave is up, which may just have
+    /// begun.
+    ///
+    /// # Errors
+    /// As `open`, after 5 s.
+    pub fn open_patiently(path: &Path) -> io::Result<Self> {
+        let end = Instant::now() + Duration::from_secs(5);
+        loop {
+            match Self::open(path) {
+                Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(2)),
+                opened => return opened,
+            }
+        }
+    }
+
     /// Connects to a back end's socket.
     ///
     /// # Errors
