@@ -493,6 +493,10 @@ class Group:
 
     async def serve_vhost_user_devices(self) -> None:
         """Serve those of the group file that aren't served. Raises GroupError; those before it are served then."""
+        # as for the owner: without the tasks' nursery nobody would close them
+        await trio.lowlevel.checkpoint()
+        if self._nursery is None:
+            raise GroupError("the group is stopping")
         for number, config in enumerate(self.config.vhost_user_devices, FIRST_RELAY):
             if number in self._relays:
                 continue
@@ -1146,7 +1150,10 @@ class Group:
         owner = self._owner
         if owner is None or not owner.config.vfio_user or owner.functions:
             return
-        assert self._nursery is not None
+        # who is cancelled while the group ends opens no more sockets
+        await trio.lowlevel.checkpoint()
+        if self._nursery is None:
+            raise GroupError("the group is stopping")
         config, path = owner.config, self.run_dir / function_socket_name(OWNER, "owner")
         try:
             await self._nursery.start(self._serve_owner, owner)
