@@ -350,6 +350,8 @@ class Group:
         self.supervisor_pid: int | None = None
         self._relays: dict[int, RelayDevice] = {}
         """virtio-vhost-user devices by their number in native events, which no member can have."""
+        self._relays_logged: dict[int, float] = {}
+        """When it was last logged that one is broken."""
         self._relay_scopes: dict[int, tuple[trio.CancelScope, trio.Event]] = {}
         """Of their tasks, and these tasks' ends."""
         self._operations = 0
@@ -550,7 +552,10 @@ class Group:
 
     def _relay_event(self, number: int, name: str, kind: str, data: Mapping[str, Any]) -> None:
         kind = "device-broken" if kind == "broken" else kind
-        if kind == "device-broken":
+        now = trio.current_time()
+        # as of members: the log shall not be a guest's to fill
+        if kind == "device-broken" and now - self._relays_logged.get(number, -math.inf) >= 10.0:
+            self._relays_logged[number] = now
             log.warning("device %s: broken: %s: %s", name, data.get("rule"), data.get("reason"))
         self._emit_paced(kind, number, {"name": name, **data})
 
